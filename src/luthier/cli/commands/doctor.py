@@ -1,0 +1,130 @@
+"""`luthier doctor`: what is installed here, what does not fit, and what to do next."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+import luthier
+from luthier.cli.output import Command, print_json, print_table, say
+from luthier.extras import EXTRAS
+
+_KEYS = ("HF_TOKEN", "OPENAI_API_KEY", "TINKER_API_KEY", "SYNTH_API_KEY", "WANDB_API_KEY")
+_SHOWN = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "peft", "trl", "mlx", "tinker", "ray")
+
+
+@click.command("doctor", cls=Command)
+def command(as_json: bool) -> int:
+    """Print versions, devices, extras, keys (never their values), disk, and the next command."""
+    from luthier.runs.home import luthier_home
+
+    versions = {name: _version(name) for name in _SHOWN}
+    extras = {extra: all(_version(package) for package in packages) for extra, packages in EXTRAS.items()}
+    conflicts = _conflicts()
+    home = luthier_home()
+    found = {
+        "luthier": luthier.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "devices": _devices(),
+        "packages": versions,
+        "extras": extras,
+        "keys_present": [name for name in _KEYS if os.environ.get(name)],
+        "home": str(home),
+        "disk_free_bytes": shutil.disk_usage(_existing(home)).free,
+        "conflicts": conflicts,
+        "next": _next_command(extras, conflicts),
+    }
+    if as_json:
+        print_json(found)
+    else:
+        _print(found)
+    return 1 if conflicts else 0
+
+
+def _print(found: dict[str, object]) -> None:
+    say(f"luthier {found['luthier']}, Python {found['python']}, {found['platform']}")
+    packages, extras = found["packages"], found["extras"]
+    assert isinstance(packages, dict)
+    assert isinstance(extras, dict)
+    gib = 1 << 30
+    rows = [
+        ("cores", str(found["cores"])),
+        ("memory", f"{int(str(found['memory_bytes'])) / gib:.1f} GiB"),
+        ("devices", ", ".join(found["devices"]) if isinstance(found["devices"], list) else ""),
+        ("home", f"{found['home']} ({int(str(found['disk_free_bytes'])) / gib:.1f} GiB free)"),
+        ("keys", ", ".join(map(str, found["keys_present"])) if isinstance(found["keys_present"], list) else ""),
+    ]
+    print_table([(name, text or "none") for name, text in rows])
+    say("packages")
+    print_table([(name, version or "not installed") for name, version in packages.items()])
+    say("extras")
+    print_table([(name, "installed" if there else f"pip install 'luthier[{name}]'") for name, there in extras.items()])
+    for conflict in found["conflicts"] if isinstance(found["conflicts"], list) else []:
+        say(f"conflict: {conflict}")
+    say(f"next: {found['next']}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _conflicts() -> list[str]:
+    """Installed packages outside the bounds that Luthier was tested with."""
+    try:
+        from packaging.requirements import Requirement
+
+        needed = [Requirement(line) for line in importlib.metadata.requires("luthier") or []]
+    except (ImportError, importlib.metadata.PackageNotFoundError):
+        return []
+    found = []
+    for requirement in needed:
+        version = _version(requirement.name)
+        if version and not requirement.specifier.contains(re.sub(r"\+.*", "", version), prereleases=True):
+            fix = f"pip install '{requirement.name}{requirement.specifier}'"
+            found.append(f"{requirement.name} {version} is not {requirement.specifier}; run: {fix}")
+    return found
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def _devices() -> list[str]:
+    """Accelerators, told without importing torch."""
+    found = ["cpu"]
+    nvidia = Path("/proc/driver/nvidia/gpus")
+    if nvidia.is_dir():
+        found += [f"cuda:{index}" for index, _ in enumerate(sorted(nvidia.iterdir()))]
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        found.append("mps")
+    return found
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _next_command(extras: dict[str, bool], conflicts: list[str]) -> str:
+    if conflicts:
+        return conflicts[0].rpartition("run: ")[2]
+    if not extras["fast"]:
+        return "pip install 'luthier[fast]' (reads data several times faster)"
+    return "luthier data check FILE --model practice"

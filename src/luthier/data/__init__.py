@@ -1,0 +1,1 @@
+"""From any file to exactly the tokens that will be trained, every row accounted for."""

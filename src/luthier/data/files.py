@@ -1,0 +1,127 @@
+"""Write rows to files: converted to another format, or parted into train and valid as the ledger says."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+from luthier.data.formats import FORMATS, Format, chat, preference, text
+from luthier.data.prepare import Prepared
+from luthier.data.reasons import RowError
+from luthier.data.rows import RowReader
+from luthier.data.source import Row, Source
+from luthier.errors import CallError, StorageError
+
+_CANONICAL: dict[str, Any] = {"conversation": chat, "preference": preference, "text": text}
+
+
+@dataclass
+class Written:
+    """What a conversion did with the rows."""
+
+    rows: int = 0
+    written: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+
+
+def convert_rows(source: Source, reader: RowReader, to: str, out: Path, *, limit: int | None = None) -> Written:
+    """Write every good row to `out` in the format `to` (`canonical`: the format of its kind), bad ones beside it.
+
+    `limit` is the number of rows written at most. Bad rows go to `<out>.rejected.jsonl`, which exists only if there
+    are any.
+    """
+    done = Written()
+    with _replacing(out) as file, _rejects(out) as refuse:
+        for block in source.blocks():
+            for line, row in zip(block.lines, block.rows, strict=True):
+                done.rows += 1
+                try:
+                    example = reader.example(row)
+                    target: Format = _CANONICAL[example.kind] if to == "canonical" else FORMATS[to]
+                    file.write(orjson.dumps(target.write(example), option=orjson.OPT_APPEND_NEWLINE))
+                    done.written += 1
+                except RowError as error:
+                    done.reasons[error.reason] = done.reasons.get(error.reason, 0) + 1
+                    entry = reader.rejected(block.file, line, row, error)
+                    done.rejected.append({key: entry[key] for key in ("file", "line", "reason", "message")})
+                    refuse(entry)
+                if done.written == limit:
+                    return done
+    return done
+
+
+def part_rows(source: Source, prepared: Prepared, train_out: Path, valid_out: Path) -> None:
+    """Copy the source's rows into two files by their places in the ledger, unchanged and in their order."""
+    if train_out == valid_out:
+        raise CallError("the two outputs are the same file", hint="give --train-out and --valid-out different names")
+    with _replacing(train_out) as train, _replacing(valid_out) as valid, (prepared.folder / "ledger.jsonl").open("rb") as ledger:
+        outputs: dict[str, IO[bytes] | None] = {"train": train, "valid": valid, "dropped": None}
+        for block in source.blocks():
+            for row in block.rows:
+                output = outputs[orjson.loads(ledger.readline())["place"]]
+                if output is not None:
+                    output.write(_as_line(row))
+
+
+def _as_line(row: Row) -> bytes:
+    if isinstance(row, bytes):
+        # An object spread over lines, as in a JSON array, is written on one.
+        return orjson.dumps(orjson.loads(row), option=orjson.OPT_APPEND_NEWLINE) if b"\n" in row else row.strip() + b"\n"
+    return orjson.dumps(row, default=str, option=orjson.OPT_APPEND_NEWLINE)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes its place only when it is whole; `-` is standard output."""
+    if str(path) == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    draft = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _rejects(out: Path) -> Iterator[Any]:
+    """A function that keeps bad rows in `<out>.rejected.jsonl`; the file is made with the first of them."""
+    path = out.with_name(f"{out.name}.rejected.jsonl")
+    opened: list[IO[bytes]] = []
+
+    def refuse(entry: dict[str, Any]) -> None:
+        if str(out) == "-":
+            return
+        if not opened:
+            opened.append(path.open("wb"))
+        opened[0].write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
+
+    path.unlink(missing_ok=True)
+    try:
+        yield refuse
+    finally:
+        for file in opened:
+            file.close()
+
+
+def write_text(path: Path, content: str) -> None:
+    """A text file, whole or not at all."""
+    with _replacing(path) as file:
+        file.write(content.encode())

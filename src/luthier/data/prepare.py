@@ -1,0 +1,422 @@
+"""Prepare a run's data: every row read, checked, rendered, tokenised, split and accounted for, once.
+
+The result is a folder of the token cache. A second run with the same rows, template, tokenizer and settings finds it;
+anything that could change a token gives another folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import tokenizers
+
+from luthier.data import ledger
+from luthier.data.cache import build_once, cache_key, code_version, map_array, write_array
+from luthier.data.hashes import Hashes
+from luthier.data.ledger import DROPPED, TRAIN, VALID, RowTable
+from luthier.data.rows import ReadOptions, RowBatch, RowReader, Stop
+from luthier.data.shapes import ShapeBroken
+from luthier.data.source import Block, Source, open_source
+from luthier.data.split import choose_valid
+from luthier.data.tokens import FastTokenizerDiffers, ModelText
+from luthier.errors import DataError, MaskError, RejectedRowsError
+
+Progress = Callable[[int, int, int], None]
+"""Called with rows read, bytes read and bytes in all."""
+
+PARALLEL_BYTES = 24 << 20
+_SHOWN_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared dataset on disk; arrays are memory-mapped."""
+
+    folder: Path
+    was_cached: bool = False
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """Counts, lengths, notes and hashes; the same in every output."""
+        found: dict[str, Any] = orjson.loads((self.folder / "summary.json").read_bytes())
+        return found
+
+    @cached_property
+    def train(self) -> npt.NDArray[np.uint64]:
+        """Examples to train, in the order of the source."""
+        return map_array(self.folder, "train.u64")
+
+    @cached_property
+    def valid(self) -> npt.NDArray[np.uint64]:
+        """Examples held out."""
+        return map_array(self.folder, "valid.u64")
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each sequence."""
+        return np.diff(self._offsets.astype(np.int64))
+
+    @cached_property
+    def _tokens(self) -> npt.NDArray[np.uint32]:
+        return map_array(self.folder, "tokens.u32")
+
+    @cached_property
+    def _offsets(self) -> npt.NDArray[np.uint64]:
+        return map_array(self.folder, "offsets.u64")
+
+    @cached_property
+    def _ranges(self) -> npt.NDArray[np.uint32]:
+        return map_array(self.folder, "ranges.u32").reshape(-1, 2)
+
+    @cached_property
+    def _range_offsets(self) -> npt.NDArray[np.uint64]:
+        return map_array(self.folder, "range_offsets.u64")
+
+    @cached_property
+    def _first_sequences(self) -> npt.NDArray[np.uint64]:
+        return map_array(self.folder, "first_sequences.u64")
+
+    def sequences_of(self, example: int) -> range:
+        """The sequences of an example: one, or chosen and rejected."""
+        return range(int(self._first_sequences[example]), int(self._first_sequences[example + 1]))
+
+    def tokens_of(self, sequence: int) -> npt.NDArray[np.uint32]:
+        """Token ids of a sequence."""
+        return self._tokens[int(self._offsets[sequence]) : int(self._offsets[sequence + 1])]
+
+    def trained_of(self, sequence: int) -> npt.NDArray[np.bool_]:
+        """Which tokens of a sequence are trained."""
+        found = np.zeros(int(self.lengths[sequence]), bool)
+        start, stop = int(self._range_offsets[sequence]), int(self._range_offsets[sequence + 1])
+        for first, last in self._ranges[start:stop]:
+            found[first:last] = True
+        return found
+
+    def row_of(self, example: int) -> tuple[str, int]:
+        """File and line of the row an example came from."""
+        row = int(map_array(self.folder, "rows.u64")[example])
+        files = self.summary["files"]
+        return files[int(map_array(self.folder, "row_files.u16")[row])], int(map_array(self.folder, "row_lines.u32")[row])
+
+
+def prepare(
+    options: ReadOptions, *, seed: int, home: Path, split: str | None = None, progress: Progress | None = None
+) -> Prepared:
+    """The prepared data of these options; raises DataError and its kin where the data does not hold."""
+    if options.data.train is None:
+        raise DataError("no data to prepare: `data.train` is not set", hint="give --data FILE, or set data.train in the spec")
+    with ExitStack() as stack:
+        sources = [stack.enter_context(open_source(options.data.train, split=split))]
+        if isinstance(options.data.valid, str):
+            sources.append(stack.enter_context(open_source(options.data.valid, split=split)))
+        folder = home / "tokens" / cache_key(_facts(options, sources, seed))
+        was_cached = folder.exists()
+        build_once(folder, lambda draft: _build(draft, options, sources, seed, progress))
+    done = Prepared(folder, was_cached)
+    _check_share(done.summary, options.data.max_rejected_share)
+    return done
+
+
+def _facts(options: ReadOptions, sources: list[Source], seed: int) -> dict[str, Any]:
+    """All that decides the tokens."""
+    data = options.data.model_dump(mode="json", exclude={"train", "max_rejected_share"})
+    facts = {"code": code_version(), "data": data, "objective": options.objective, "seed": seed}
+    facts["rows"] = [source.content_hash() for source in sources]
+    if isinstance(options.data.valid, str):
+        data["valid"] = "file"
+    if options.model_folder is not None:
+        text = ModelText(options.model_folder, chat_template=options.chat_template)
+        facts |= {"tokenizer": text.hash, "template": text.template_hash, "tokenizers": tokenizers.__version__}
+    return facts
+
+
+def _build(draft: Path, options: ReadOptions, sources: list[Source], seed: int, progress: Progress | None) -> None:
+    """Fill a cache folder; where a shortcut proves wrong for these rows, start over without it."""
+    try:
+        _Builder(draft, options, sources, progress).build(seed)
+    except ShapeBroken:
+        _build(draft, replace(options, learn_shapes=False), sources, seed, progress)
+    except FastTokenizerDiffers:
+        _build(draft, replace(options, fast_tokenizer=False), sources, seed, progress)
+
+
+class _Builder:
+    """Reads all rows into the draft folder, then places them."""
+
+    def __init__(self, draft: Path, options: ReadOptions, sources: list[Source], progress: Progress | None) -> None:
+        self._draft = draft
+        self._options = options
+        self._sources = sources
+        self._progress = progress
+        self._names = tuple(name for source in sources for name in source.names)
+        self._table = RowTable()
+        self._stops: list[tuple[int, Stop]] = []
+        self._formats: dict[str, int] = {}
+        self._sequence_counts: list[npt.NDArray[np.uint8]] = []
+        self._lengths: list[npt.NDArray[np.uint32]] = []
+        self._range_counts: list[npt.NDArray[np.uint32]] = []
+        self._tokenizer = ""
+
+    def build(self, seed: int) -> None:
+        """Everything: rows, tokens, places, ledger, summary."""
+        hashes = self._read_all()
+        reasons = self._table.column("reasons")
+        self._check_rows(reasons)
+        places, leaked = self._place(reasons, seed)
+        counts = ledger.count_places(places, reasons, self._table.rows_read)
+        with (self._draft / "ledger.jsonl").open("wb") as file:
+            file.writelines(ledger.ledger_lines(self._table, places, self._names, leaked))
+        self._write_index(places)
+        self._write_summary(counts, places, leaked, hashes)
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def _read_all(self) -> dict[str, str]:
+        token_hash, mask_hash = hashlib.sha256(), hashlib.sha256()
+        total = sum(source.size_bytes for source in self._sources)
+        seen = 0
+        with ExitStack() as stack:
+            tokens = stack.enter_context((self._draft / "tokens.u32").open("wb"))
+            ranges = stack.enter_context((self._draft / "ranges.u32").open("wb"))
+            rejected = stack.enter_context((self._draft / "rejected.jsonl").open("wb"))
+            for batch in stack.enter_context(_read_blocks(self._options, self._names, self._blocks(), total)):
+                self._take(batch, tokens, ranges, rejected)
+                token_hash.update(batch.ids.tobytes())
+                mask_hash.update(batch.lengths.tobytes() + batch.ranges.tobytes())
+                seen += batch.read_bytes
+                if self._progress:
+                    self._progress(self._table.rows_read, seen, total)
+        return {"tokens": token_hash.hexdigest(), "mask": mask_hash.hexdigest()}
+
+    def _blocks(self) -> Iterator[Block]:
+        first = 0
+        for number, source in enumerate(self._sources):
+            limit = self._options.data.examples if number == 0 else None
+            for block in source.blocks(limit=limit):
+                yield replace(block, file=block.file + first)
+            first += len(source.names)
+
+    def _take(self, batch: RowBatch, tokens: IO[bytes], ranges: IO[bytes], rejected: IO[bytes]) -> None:
+        self._table.add(batch)
+        self._stops += [(batch.file, stop) for stop in batch.stops]
+        for name, count in batch.formats.items():
+            self._formats[name] = self._formats.get(name, 0) + count
+        self._sequence_counts.append(batch.sequences_of_example)
+        self._lengths.append(batch.lengths)
+        self._range_counts.append(batch.ranges_of_sequence)
+        tokens.write(batch.ids.tobytes())
+        ranges.write(batch.ranges.tobytes())
+        for entry in batch.rejected:
+            rejected.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
+
+    # -- placing -----------------------------------------------------------------------------------------------
+
+    def _check_rows(self, reasons: npt.NDArray[np.uint8]) -> None:
+        """Stop for what no run may start with: nothing to read, masks that cannot be told, rows too long."""
+        if not self._table.rows_read:
+            raise DataError(f"{', '.join(self._names)}: no rows", hint="the file is empty or holds only blank lines")
+        if self._stops:
+            raise _mask_error(self._names, self._stops)
+        if self._options.model_folder is None:
+            return
+        longest = self._table.column("longest")
+        if self._options.data.too_long == "error" and (longest > self._options.data.max_length).any():
+            raise self._too_long_error(longest)
+        kept = self._options.data.too_long == "truncate"
+        untrained = (reasons == 0) & (self._table.column("least_trained") == 0)
+        if not kept and untrained.any():
+            row = int(np.flatnonzero(untrained)[0])
+            raise MaskError(f"{self._where(row)}: the example trains no token", hint="`luthier data show` colours what is trained")
+
+    def _too_long_error(self, longest: npt.NDArray[np.uint32]) -> DataError:
+        limit = self._options.data.max_length
+        rows = np.flatnonzero(longest > limit)
+        shown = ", ".join(f"{self._where(int(row))} ({longest[row]:,} tokens)" for row in rows[:_SHOWN_ROWS])
+        return DataError(
+            f"{len(rows):,} rows are longer than data.max_length = {limit:,}: {shown}",
+            hint='raise data.max_length, or set data.too_long to "drop" or "truncate"',
+        )
+
+    def _where(self, row: int) -> str:
+        return f"{self._names[self._table.column('files')[row]]}:{self._table.column('lines')[row]}"
+
+    def _place(self, reasons: npt.NDArray[np.uint8], seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        """Each row's place, reasons filled in for what is dropped here; and which held-out prompts are trained too."""
+        data = self._options.data
+        contents = self._table.column("contents")
+        is_valid_file = self._table.column("files") >= len(self._sources[0].names)
+        for side in (True, False):
+            rows = np.flatnonzero((reasons == 0) & (is_valid_file == side))
+            _, first = np.unique(contents[rows], return_index=True)
+            ledger.mark(reasons, np.delete(rows, first), "duplicate")
+        held = contents[is_valid_file & (reasons == 0)]
+        ledger.mark(reasons, np.flatnonzero(~is_valid_file & np.isin(contents, held)), "in_validation")
+        if self._options.model_folder is not None:
+            too_long = self._table.column("longest") > data.max_length
+            if data.too_long == "truncate":
+                too_long = self._table.column("least_trained") == 0
+            ledger.mark(reasons, np.flatnonzero(too_long), "too_long")
+        places = np.full(len(reasons), DROPPED, np.uint8)
+        usable = np.flatnonzero(reasons == 0)
+        places[usable] = np.where(is_valid_file[usable], VALID, TRAIN)
+        if not isinstance(data.valid, str):
+            groups: Hashes | None = self._table.column("groups")[usable] if data.group_by else None
+            places[usable[choose_valid(contents[usable], groups, data.valid, seed)]] = VALID
+        prompts = self._table.column("prompts")
+        leaked = (places == VALID) & np.isin(prompts, prompts[places == TRAIN])
+        return places, leaked
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def _write_index(self, places: npt.NDArray[np.uint8]) -> None:
+        per_row = self._table.column("examples")
+        row_of_example = np.repeat(np.arange(len(per_row)), per_row)
+        counts = np.concatenate([np.zeros(0, np.uint8), *self._sequence_counts])
+        lengths = np.concatenate([np.zeros(0, np.uint32), *self._lengths])
+        ranges = np.concatenate([np.zeros(0, np.uint32), *self._range_counts])
+        arrays = {
+            "offsets.u64": _offsets(lengths),
+            "range_offsets.u64": _offsets(ranges),
+            "first_sequences.u64": _offsets(counts),
+            "rows.u64": row_of_example,
+            "row_files.u16": self._table.column("files"),
+            "row_lines.u32": self._table.column("lines"),
+            "train.u64": np.flatnonzero(places[row_of_example] == TRAIN),
+            "valid.u64": np.flatnonzero(places[row_of_example] == VALID),
+        }
+        for name, values in arrays.items():
+            write_array(self._draft, name, values)
+
+    def _write_summary(
+        self, counts: dict[str, Any], places: npt.NDArray[np.uint8], leaked: npt.NDArray[np.bool_], hashes: dict[str, str]
+    ) -> None:
+        lengths = self._table.column("longest")[places != DROPPED]
+        tokens, trained = (self._table.column(name) for name in ("tokens", "trained"))
+        summary = {
+            "files": list(self._names),
+            **counts,
+            "malformed": ledger.count_malformed(counts["reasons"]),
+            "formats": self._formats,
+            "kinds": ledger.count_kinds(self._table, places),
+            "notes": ledger.count_notes(self._table, places),
+            "prompts_in_train": int(leaked.sum()),
+            "examples": {
+                name: int(self._table.column("examples")[places == code].sum()) for code, name in enumerate(ledger.PLACES[:2])
+            },
+        }
+        if self._options.model_folder is not None:
+            summary |= {
+                "tokens": {name: int(tokens[places == code].sum()) for code, name in enumerate(ledger.PLACES)},
+                "trained_tokens": {name: int(trained[places == code].sum()) for code, name in enumerate(ledger.PLACES[:2])},
+                "lengths": describe_lengths(lengths),
+                "max_length": self._options.data.max_length,
+                "tokenizer": RowReader(self._options, self._names).tokenizer_name,
+                "learnt_shapes": self._options.learn_shapes,
+                "fast_tokenizer_differed": not self._options.fast_tokenizer,
+                "hashes": hashes,
+            }
+        (self._draft / "summary.json").write_bytes(orjson.dumps(summary, option=orjson.OPT_INDENT_2))
+
+
+def _offsets(counts: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.uint64)]).astype(np.uint64)
+
+
+def describe_lengths(lengths: npt.NDArray[Any]) -> dict[str, Any]:
+    """Quantiles, and a histogram over powers of two."""
+    if not len(lengths):
+        return {}
+    edges = 2 ** np.arange(2, 33)
+    bins = np.searchsorted(edges, lengths, side="left")
+    counted = np.bincount(bins, minlength=1)
+    first, last = int(np.flatnonzero(counted)[0]), len(counted)
+    return {
+        "min": int(lengths.min()),
+        "median": int(np.median(lengths)),
+        "p90": int(np.quantile(lengths, 0.9)),
+        "p99": int(np.quantile(lengths, 0.99)),
+        "max": int(lengths.max()),
+        "mean": round(float(lengths.mean()), 1),
+        "histogram": [[int(edges[index]), int(counted[index])] for index in range(first, last)],
+    }
+
+
+def _mask_error(names: tuple[str, ...], stops: list[tuple[int, Stop]]) -> MaskError:
+    places = [f"{names[file]}:{stop.line}" for file, stop in stops]
+    first = stops[0][1]
+    more = "".join(f"\n  {place}: {stop.message}" for place, (_, stop) in zip(places[1:_SHOWN_ROWS], stops[1:], strict=False))
+    rest = f"\n  and {len(stops) - _SHOWN_ROWS:,} more rows" if len(stops) > _SHOWN_ROWS else ""
+    return MaskError(
+        f"{places[0]}: {first.message}{more}{rest}",
+        hint=first.hint,
+        where=places[0],
+        details=[{"where": place, "message": stop.message} for place, (_, stop) in zip(places, stops, strict=True)][:100],
+    )
+
+
+def _check_share(summary: dict[str, Any], most: float) -> None:
+    rows, malformed = summary["rows"], summary["malformed"]
+    if malformed > most * rows:
+        reasons = ", ".join(f"{count:,} {name}" for name, count in summary["reasons"].items())
+        raise RejectedRowsError(
+            f"{malformed:,} of {rows:,} rows are malformed ({malformed / rows:.1%}; data.max_rejected_share = {most:g}): {reasons}",
+            hint="`luthier data check` lists every bad row; mend them, or raise data.max_rejected_share",
+            details=summary,
+        )
+
+
+# -- processes -------------------------------------------------------------------------------------------------
+
+_reader: RowReader | None = None
+
+
+def _start_reader(options: ReadOptions, names: tuple[str, ...]) -> None:
+    global _reader
+    _reader = RowReader(options, names)
+
+
+def _read_in_worker(block: Block) -> RowBatch:
+    assert _reader is not None
+    return _reader.read(block)
+
+
+@contextmanager
+def _read_blocks(
+    options: ReadOptions, names: tuple[str, ...], blocks: Iterator[Block], total_bytes: int
+) -> Iterator[Iterator[RowBatch]]:
+    """Batches in the order of their blocks; by several processes where there is enough to read."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores == 1 or total_bytes < PARALLEL_BYTES:
+        reader = RowReader(options, names)
+        yield (reader.read(block) for block in blocks)
+        return
+    # Spawned, not forked: the parent may hold threads of a progress bar or of a tokenizer.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(cores, context, initializer=_start_reader, initargs=(options, names))
+    try:
+        yield _in_order(pool, blocks, 2 * cores)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, blocks: Iterator[Block], ahead: int) -> Iterator[RowBatch]:
+    waiting: deque[Future[RowBatch]] = deque()
+    for block in blocks:
+        waiting.append(pool.submit(_read_in_worker, block))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

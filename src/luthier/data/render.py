@@ -1,0 +1,144 @@
+"""Render an Example to the texts that will be trained, each with the character spans of its trained tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from luthier.data.example import Conversation, Example, Message, Preference, Text
+from luthier.data.reasons import RowError
+from luthier.data.shapes import ShapeLearner
+from luthier.data.spans import Rendering, Span, SpanFinder
+from luthier.data.template import ChatTemplate
+from luthier.errors import MaskError, TemplateError
+from luthier.spec.data import SpanSource, TrainOn
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One text to tokenise, the spans to train in it, and where its last trained turn ends."""
+
+    text: str
+    spans: list[Span]
+    notes: set[str] = field(default_factory=set)
+
+
+class Renderer:
+    """Turns Examples into sequences: a conversation into one (or one a turn, unrolled), a pair into two."""
+
+    def __init__(
+        self,
+        template: ChatTemplate | None,
+        control_tokens: list[str],
+        added_tokens: list[str],
+        *,
+        bos: str = "",
+        eos: str = "",
+        train_on: TrainOn = "assistant",
+        spans: SpanSource = "auto",
+        unroll: bool = False,
+        learn: bool = True,
+    ) -> None:
+        self._template = template
+        self._bos, self._eos = bos, eos
+        self._train_on: TrainOn = train_on
+        self._unroll = unroll
+        self._control = re.compile("|".join(re.escape(token) for token in control_tokens) or r"(?!)")
+        self._control_starts = tuple({token[0] for token in control_tokens})
+        if template is not None:
+            if spans == "markers" and not template.has_marks:
+                raise TemplateError(
+                    f'data.spans is "markers", and {template.name} has no generation markers',
+                    hint='use data.spans = "auto", or a template with {% generation %} blocks',
+                )
+            finder = SpanFinder(template, control_tokens, added_tokens, eos, use_marks=spans == "markers")
+            self._find = ShapeLearner(finder, template, learn=learn).find
+
+    def render(self, example: Example) -> list[list[Sequence]]:
+        """The example's parts, each a list of sequences that stay together; raises RowError or MaskError."""
+        if isinstance(example, Text):
+            self._refuse_control_tokens([example.text])
+            text = f"{self._bos}{example.text}{self._eos}"
+            return [[Sequence(text, [(len(self._bos), len(text))])]]
+        if self._template is None:
+            raise TemplateError(
+                "the model has no chat template, which conversations need",
+                hint="give one with --set model.chat_template=FILE, or train on plain `text` rows",
+            )
+        self._refuse_control_tokens(_all_texts(example))
+        if isinstance(example, Preference):
+            return [self._render_pair(example)]
+        return [[sequence] for sequence in self._render_conversation(example)]
+
+    def _refuse_control_tokens(self, texts: list[str]) -> None:
+        for text in texts:
+            if any(start in text for start in self._control_starts) and (match := self._control.search(text)):
+                raise RowError("control_token", f"the text spells the control token `{match[0]}`")
+
+    def _render_pair(self, pair: Preference) -> list[Sequence]:
+        first = len(pair.prompt)
+        sequences = []
+        for answer in (pair.chosen, pair.rejected):
+            done = self._find([*pair.prompt, *answer], pair.tools)
+            spans = [span for index, span in done.turns.items() if index >= first]
+            sequences.append(Sequence(done.text, spans, done.notes))
+        return sequences
+
+    def _render_conversation(self, example: Conversation) -> Iterator[Sequence]:
+        if not self._unroll:
+            yield self._sequence(self._find(example.messages, example.tools), example.messages)
+            return
+        chosen = self._chosen_turns(example.messages)
+        for index in chosen:
+            until = example.messages[: index + 1]
+            done = self._find(until, example.tools)
+            yield Sequence(done.text, [done.turns[index]], done.notes)
+        if not chosen:
+            raise _nothing_trained()
+
+    def _sequence(self, done: Rendering, messages: list[Message]) -> Sequence:
+        if self._train_on == "all":
+            return Sequence(done.text, [(0, len(done.text))], done.notes)
+        chosen = self._chosen_turns(messages)
+        if not chosen:
+            raise _nothing_trained()
+        return Sequence(done.text, [done.turns[index] for index in chosen], done.notes)
+
+    def _chosen_turns(self, messages: list[Message]) -> list[int]:
+        """Indices of the turns that `data.train_on` and the messages' weights leave to train."""
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if self._train_on == "last_assistant":
+            turns = turns[-1:]
+        elif self._train_on == "completion":
+            last_user = max(index for index, message in enumerate(messages) if message["role"] == "user")
+            turns = [index for index in turns if index > last_user]
+        return [index for index in turns if messages[index].get("weight") != 0]
+
+
+def _nothing_trained() -> MaskError:
+    return MaskError(
+        "the example trains nothing: `weight` is 0 on every turn that data.train_on leaves",
+        hint="take the row out, or train another turn of it (`data.train_on`)",
+    )
+
+
+def _all_texts(example: Conversation | Preference) -> list[str]:
+    messages = example.messages if isinstance(example, Conversation) else [*example.prompt, *example.chosen, *example.rejected]
+    texts = [text for message in messages for text in _message_texts(message)]
+    if example.tools:
+        texts.append(orjson.dumps(example.tools).decode())
+    return texts
+
+
+def _message_texts(message: dict[str, Any]) -> Iterator[str]:
+    if message.get("content"):
+        yield message["content"]
+    if len(message) > 2:
+        if message.get("reasoning_content"):
+            yield message["reasoning_content"]
+        if message.get("tool_calls"):
+            yield orjson.dumps(message["tool_calls"]).decode()

@@ -1,0 +1,318 @@
+"""Read rows from files, folders, standard input and the hub, in blocks, so that memory does not grow with the file.
+
+A block of a line format is raw bytes with the number of its first line; other formats give parsed rows. Blank lines
+are not rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import orjson
+
+from luthier.data.parse import MAX_LINE_BYTES
+from luthier.data.reasons import RowError
+from luthier.errors import CallError, DataError, MissingPathError
+from luthier.extras import import_extra
+
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+PACKED = (".gz", ".zst")
+BLOCK_BYTES = 1 << 20
+_HF = re.compile(r"hf:(?P<name>[^:]+)(?::(?P<config>[^:]+))?(?::(?P<split>[^:]+))?")
+
+Row = bytes | dict[str, Any] | RowError
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring rows of one file, each with its line (or row number, in parquet)."""
+
+    file: int
+    lines: list[int]
+    rows: list[Row]
+    read_bytes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: named files in a fixed order. `names` are what ledgers and errors call them."""
+
+    paths: tuple[Path, ...]
+    names: tuple[str, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk, for progress."""
+        return sum(path.stat().st_size for path in self.paths)
+
+    def content_hash(self) -> str:
+        """SHA-256 over the names and bytes of all files."""
+        whole = hashlib.sha256()
+        for path, name in zip(self.paths, self.names, strict=True):
+            whole.update(f"{name}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        return whole.hexdigest()
+
+    def blocks(self, *, limit: int | None = None) -> Iterator[Block]:
+        """All rows in order, the first `limit` of them if one is given."""
+        left = limit
+        for number, path in enumerate(self.paths):
+            for block in _read_file(path, number):
+                if left is not None and len(block.rows) >= left:
+                    yield Block(number, block.lines[:left], block.rows[:left], block.read_bytes)
+                    return
+                left = None if left is None else left - len(block.rows)
+                yield block
+
+
+@contextmanager
+def open_source(text: str, *, split: str | None = None) -> Iterator[Source]:
+    """The source a person named: a file, a folder, `-` or `hf:org/name[:config]:split`.
+
+    What has no file of its own (standard input, the hub) is first written to one, so that it can be read twice.
+    """
+    if text == "-":
+        with _spooled(lambda file: shutil.copyfileobj(sys.stdin.buffer, file)) as path:
+            yield Source((path,), ("stdin",))
+    elif text.startswith("hf:"):
+        rows = _hub_rows(text, split)
+        with _spooled(lambda file: _write_rows(rows, file)) as path:
+            yield Source((path,), (text,))
+    else:
+        yield _local_source(Path(text).expanduser())
+
+
+def _local_source(path: Path) -> Source:
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _ending(p) in ENDINGS)
+        if not found:
+            raise DataError(f"{path}: no data files in this folder", hint=f"looked for {', '.join(ENDINGS)}, also .gz and .zst")
+        return Source(tuple(found), tuple(p.relative_to(path).as_posix() for p in found))
+    if not path.is_file():
+        raise MissingPathError(f"no data at {path}", hint="give a file, a folder, `-` or `hf:org/name:split`", where=str(path))
+    if _ending(path) not in ENDINGS:
+        raise DataError(f"{path}: unknown kind of file `{path.suffix}`", hint=f"known: {', '.join(ENDINGS)}, also .gz and .zst")
+    return Source((path,), (path.name,))
+
+
+def _ending(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+@contextmanager
+def _spooled(write: Callable[[IO[bytes]], object]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="luthier-") as folder:
+        path = Path(folder) / "rows.jsonl"
+        with path.open("wb") as file:
+            write(file)
+        yield path
+
+
+def _write_rows(rows: Iterator[dict[str, Any]], file: IO[bytes]) -> None:
+    for row in rows:
+        file.write(orjson.dumps(row, default=str, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def _hub_rows(text: str, split: str | None) -> Iterator[dict[str, Any]]:
+    """Rows of a hub dataset, a folder of data files or one saved by `save_to_disk`, streamed."""
+    match = _HF.fullmatch(text)
+    if not match:
+        raise CallError(f"{text!r}: expected hf:org/name[:config]:split")
+    name, config, named = match["name"], match["config"], match["split"]
+    if named is None and config is not None and split is None:
+        config, named = None, config
+    datasets = import_extra("datasets", "hf")
+    try:
+        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(name)
+            data = loaded[named or split or "train"] if isinstance(loaded, dict) else loaded
+        else:
+            data = datasets.load_dataset(name, config, split=named or split or "train", streaming=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise DataError(f"{text}: cannot be loaded: {_first_line(error)}", hint="check name, config and split") from None
+    return iter(data)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".gz":
+            with gzip.open(path, "rb") as unpacked:
+                yield cast(IO[bytes], unpacked)
+        elif suffix == ".zst":
+            zstandard = import_extra("zstandard", "zstd")
+            with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as reader:
+                yield cast(IO[bytes], io.BufferedReader(reader, BLOCK_BYTES))
+        else:
+            with path.open("rb") as plain:
+                yield plain
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path.name}: a broken archive: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read: {error.strerror or error}", where=str(path)) from None
+
+
+def _read_file(path: Path, number: int) -> Iterator[Block]:
+    ending = _ending(path)
+    if ending == ".parquet":
+        yield from _parquet_blocks(path, number)
+        return
+    with _opened(path) as file:
+        if ending == ".csv":
+            yield from _blocks_of(_csv_rows(file, path.name), number)
+        elif ending == ".json":
+            yield from _blocks_of(_json_rows(file, path.name), number)
+        else:
+            yield from _line_blocks(file, number)
+
+
+def _line_blocks(file: IO[bytes], number: int) -> Iterator[Block]:
+    """Lines, read by the block; a line longer than any row may be is passed over and reported."""
+    line, rest, skipping = 1, b"", False
+    while True:
+        data = file.read(BLOCK_BYTES)
+        whole, newline, tail = (rest + data).rpartition(b"\n")
+        if not data:
+            whole, newline, tail = rest, b"", b""
+        if skipping and newline:
+            # The end of the long line: its first bytes are in `whole` already, so that it is reported once.
+            skipping = False
+        if not newline and data:
+            rest = tail if len(tail) <= MAX_LINE_BYTES + 1 else tail[: MAX_LINE_BYTES + 1]
+            skipping = skipping or len(tail) > MAX_LINE_BYTES
+            continue
+        rows = whole.split(b"\n") if whole or newline else []
+        numbered = [(line + index, row) for index, row in enumerate(rows) if row and not row.isspace()]
+        if numbered:
+            lines, kept = zip(*numbered, strict=True)
+            yield Block(number, list(lines), list(kept), len(data))
+        line += len(rows)
+        rest = tail
+        if not data:
+            return
+
+
+def _blocks_of(rows: Iterator[tuple[int, Row]], number: int, size: int = 2048) -> Iterator[Block]:
+    lines: list[int] = []
+    kept: list[Row] = []
+    for line, row in rows:
+        lines.append(line)
+        kept.append(row)
+        if len(kept) == size:
+            yield Block(number, lines, kept, sum(len(row) if isinstance(row, bytes) else 200 for row in kept))
+            lines, kept = [], []
+    if kept:
+        yield Block(number, lines, kept, 0)
+
+
+def _csv_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, Row]]:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    reader = csv.reader(text, strict=True)
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        if len(set(header)) != len(header):
+            raise DataError(f"{name}:1: a column name stands twice in the header")
+        for row in reader:
+            if len(row) == len(header):
+                yield reader.line_num, dict(zip(header, row, strict=True))
+            elif row:
+                yield reader.line_num, RowError("wrong_columns", f"{len(row)} columns; the header has {len(header)}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 text after line {reader.line_num}: {error.reason}") from None
+    except csv.Error as error:
+        raise DataError(f"{name}:{reader.line_num}: not valid CSV: {error}") from None
+
+
+# A whole string, or a sign that matters outside of one; a quote alone opens a string that is not all read yet.
+_SIGNS = re.compile(rb'"(?:[^"\\]|\\.)*+"|["\[\]{}\n]', re.DOTALL)
+
+
+def _json_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, Row]]:
+    """The elements of a JSON array (or objects one after the other), found by their brackets while reading."""
+    buffer, at, begin, line = b"", 0, 0, 1
+    stack, row_line, in_array = 0, 1, False
+    while True:
+        data = file.read(BLOCK_BYTES)
+        buffer += data
+        for match in _SIGNS.finditer(buffer, at):
+            sign = match[0]
+            if sign == b'"':
+                break
+            at = match.end()
+            if sign in b"[{":
+                if stack == 0 and not in_array and sign == b"[" and not buffer[begin : match.start()].strip():
+                    in_array, begin = True, at
+                    continue
+                if stack == 0:
+                    yield from _between(buffer[begin : match.start()], line)
+                    begin, row_line = match.start(), line
+                stack += 1
+            elif sign in b"]}":
+                stack -= 1
+                if stack == 0:
+                    yield row_line, buffer[begin:at]
+                    begin = at
+                elif stack < 0:
+                    yield from _between(buffer[begin : match.start()], line)
+                    stack, in_array, begin = 0, False, at
+            line += sign.count(b"\n")
+        if not data:
+            break
+        if len(buffer) - begin > MAX_LINE_BYTES:
+            raise DataError(f"{name}:{row_line}: a row of more than {MAX_LINE_BYTES:,} bytes, or a bracket that never closes")
+        buffer, at, begin = buffer[begin:], at - begin, 0
+    if stack or in_array:
+        raise DataError(f"{name}:{row_line}: not valid JSON: what starts here never ends", hint="is the file cut off?")
+    yield from _between(buffer[begin:], line)
+
+
+def _between(junk: bytes, line: int) -> Iterator[tuple[int, Row]]:
+    """What stands between two objects and is no separator is a row too, and a bad one."""
+    junk = junk.strip(b" \t\r\n,")
+    if junk:
+        yield line, junk
+
+
+def _parquet_blocks(path: Path, number: int) -> Iterator[Block]:
+    parquet = import_extra("pyarrow.parquet", "parquet")
+    pyarrow = import_extra("pyarrow", "parquet")
+    try:
+        row = 1
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=2048):
+                rows = [_without_nulls(each) for each in batch.to_pylist()]
+                yield Block(number, list(range(row, row + len(rows))), cast(list[Row], rows), batch.nbytes)
+                row += len(rows)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path.name}: not a parquet file: {_first_line(error)}") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Parquet gives every row every key; a null there is a key that the row does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

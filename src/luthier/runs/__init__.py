@@ -1,0 +1,1 @@
+"""Run folders, the home folder, and where names of models lead."""

@@ -1,0 +1,1 @@
+"""The run spec: what a person asks for, strict and typed, without any machine-learning package."""

@@ -1,0 +1,180 @@
+"""The Synth job TOML, translated to a run spec; a key that means nothing here becomes a note, never silence.
+
+Its paths are relative to the working directory, as its users know them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from luthier.errors import SpecError
+
+_TABLES = {"algorithm", "job", "compute", "data", "training", "hyperparameters", "tags", "model"}
+_KIND_OF_TRAINING = {"fft": "full", "full": "full", "peft": "lora", "lora": "lora", "qlora": "qlora", "sft": "full"}
+_METRICS = {"val.loss": "loss", "val_loss": "loss", "loss": "loss", "eval_loss": "loss", "val.perplexity": "perplexity"}
+_NOTES = {
+    "algorithm.type": "offline training is what Luthier does",
+    "algorithm.method": "supervised fine-tuning is the objective",
+    "training.mode": "the objective is sft",
+    "data.topology": "a local run has one container; a server checks it",
+    "training.validation.evaluation_strategy": "evaluation is by steps",
+}
+
+
+@dataclass
+class Translation:
+    """The tables, the notes, and which key of theirs became which of ours."""
+
+    tables: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    came_from: dict[str, str] = field(default_factory=dict)
+
+    def put(self, ours: str, value: Any, theirs: str) -> None:
+        """Set our key from theirs."""
+        table, key = ours.split(".")
+        self.tables.setdefault(table, {})[key] = value
+        self.came_from[ours] = theirs
+
+    def place_lines(self, lines: dict[str, int]) -> dict[str, int]:
+        """Lines by our keys instead of theirs."""
+        return {ours: lines[theirs] for ours, theirs in self.came_from.items() if theirs in lines}
+
+
+def is_synth(tables: dict[str, Any]) -> bool:
+    """Whether the tables are a Synth job: it names its model in [job] or its settings in [hyperparameters]."""
+    return "job" in tables or "hyperparameters" in tables
+
+
+def build_tables(tables: dict[str, Any], name: str) -> Translation:
+    """Translate a Synth job; raises SpecError that lists every key that cannot be understood."""
+    job = _Reader(tables)
+    done = Translation()
+    _translate_job(job, done)
+    _translate_method(job, done)
+    _translate_hyperparameters(job, done)
+    _translate_validation(job, done)
+    for key in ("gpu_type", "gpu_count", "nodes"):
+        job.move(done, f"compute.{key}", f"compute.{key}")
+    for key, value in job.take_table("hyperparameters.parallelism").items():
+        done.notes.append(f"`hyperparameters.parallelism.{key} = {value}` has no effect on one device")
+    for key, why in _NOTES.items():
+        if (value := job.take(key)) not in (None, {}):
+            done.notes.append(f"`{key} = {value}` is understood and changes nothing: {why}")
+    job.take_table("tags")
+    _refuse_leftovers(job, name)
+    return done
+
+
+class _Reader:
+    """Takes keys out of nested tables and knows what was never taken."""
+
+    def __init__(self, tables: dict[str, Any]) -> None:
+        self._tables = {key: _copied(value) for key, value in tables.items()}
+
+    def take(self, path: str) -> Any:
+        *parents, last = path.split(".")
+        table: Any = self._tables
+        for parent in parents:
+            table = table.get(parent) if isinstance(table, dict) else None
+        return table.pop(last, None) if isinstance(table, dict) else None
+
+    def take_table(self, path: str) -> dict[str, Any]:
+        found = self.take(path)
+        return found if isinstance(found, dict) else {}
+
+    def move(self, done: Translation, theirs: str, ours: str) -> None:
+        if (value := self.take(theirs)) is not None:
+            done.put(ours, value, theirs)
+
+    def leftovers(self) -> list[str]:
+        return sorted(_leaves(self._tables, ""))
+
+
+def _copied(value: Any) -> Any:
+    return {key: _copied(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+def _leaves(table: dict[str, Any], prefix: str) -> list[str]:
+    found: list[str] = []
+    for key, value in table.items():
+        path = f"{prefix}{key}"
+        found += _leaves(value, f"{path}.") if isinstance(value, dict) else [path]
+    return found
+
+
+def _translate_job(job: _Reader, done: Translation) -> None:
+    job.move(done, "job.model", "model.base")
+    job.move(done, "model.source", "model.base")
+    job.move(done, "job.data", "data.train")
+    job.move(done, "job.data_path", "data.train")
+    if (valid := job.take("data.validation_path")) is not None:
+        done.put("data.valid", valid, "data.validation_path")
+
+
+def _translate_method(job: _Reader, done: Translation) -> None:
+    wants_qlora = job.take("training.use_qlora")
+    kind = job.take("hyperparameters.train_kind")
+    variety = job.take("algorithm.variety")
+    theirs = "training.use_qlora" if wants_qlora else "hyperparameters.train_kind" if kind else "algorithm.variety"
+    chosen = "qlora" if wants_qlora else str(kind or variety or "fft")
+    done.put("method.kind", _KIND_OF_TRAINING.get(chosen, chosen), theirs)
+    if wants_qlora and kind:
+        done.notes.append(f"`hyperparameters.train_kind = {kind}` gives way to `training.use_qlora = true`")
+
+
+def _translate_hyperparameters(job: _Reader, done: Translation) -> None:
+    names = {"learning_rate": "optim.learning_rate", "warmup_ratio": "optim.warmup_ratio"}
+    names |= {"weight_decay": "optim.weight_decay", "sequence_length": "data.max_length"}
+    for theirs, ours in names.items():
+        job.move(done, f"hyperparameters.{theirs}", ours)
+    if (epochs := job.take("hyperparameters.n_epochs")) is not None:
+        done.put("optim.epochs", float(epochs) if isinstance(epochs, int) else epochs, "hyperparameters.n_epochs")
+    for theirs in ("hyperparameters.lora_rank", "training.lora.rank", "lora.rank"):
+        job.move(done, theirs, "method.rank")
+    _translate_batch(job, done)
+
+
+def _translate_batch(job: _Reader, done: Translation) -> None:
+    """One step's examples: given whole, or as what one device takes at once times the accumulation."""
+    whole = [(key, job.take(f"hyperparameters.{key}")) for key in ("global_batch", "batch_size")]
+    micro = job.take("hyperparameters.per_device_batch")
+    accumulation = job.take("hyperparameters.gradient_accumulation_steps")
+    given = next(((key, value) for key, value in whole if value is not None), None)
+    if micro is not None:
+        done.put("optim.micro_batch", micro, "hyperparameters.per_device_batch")
+    if given is not None:
+        done.put("optim.batch", given[1], f"hyperparameters.{given[0]}")
+    elif micro is not None or accumulation is not None:
+        counts = [1 if value is None else value for value in (micro, accumulation)]
+        product = counts[0] * counts[1] if all(isinstance(count, int) for count in counts) else accumulation
+        done.put("optim.batch", product, "hyperparameters.gradient_accumulation_steps")
+
+
+def _translate_validation(job: _Reader, done: Translation) -> None:
+    prefix = "training.validation."
+    enabled = job.take(prefix + "enabled")
+    steps = job.take(prefix + "eval_steps")
+    metric = job.take(prefix + "metric_for_best_model")
+    keeps_best = job.take(prefix + "save_best_model_at_end")
+    job.take(prefix + "greater_is_better")
+    if not enabled:
+        if done.tables.get("data", {}).get("valid") is None:
+            done.put("data.valid", 0, prefix + "enabled")
+        return
+    if steps:
+        done.put("evaluate.every_steps", steps, prefix + "eval_steps")
+        if keeps_best:
+            done.put("evaluate.keep", "best", prefix + "save_best_model_at_end")
+    if metric is not None:
+        done.put("evaluate.best_metric", _METRICS.get(metric, metric), prefix + "metric_for_best_model")
+
+
+def _refuse_leftovers(job: _Reader, name: str) -> None:
+    if unknown := job.leftovers():
+        listed = ", ".join(f"`{key}`" for key in unknown)
+        raise SpecError(
+            f"{name}: keys of this Synth job are not understood: {listed}",
+            hint="take them out, or write the job as a Luthier spec: `luthier recipes list`",
+            where=name,
+        )

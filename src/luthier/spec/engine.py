@@ -1,0 +1,14 @@
+"""The `[engine]` table: the thing that trains."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from luthier.spec.part import Part
+
+
+class Engine(Part):
+    """Which engine executes the run; the result means the same on each."""
+
+    kind: Literal["torch", "trl", "mlx", "tinker"] = "torch"
+    """The engine's name."""

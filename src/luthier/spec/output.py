@@ -1,0 +1,22 @@
+"""The `[output]` table: where the run folder goes and what is kept in it."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from luthier.spec.part import Part
+
+
+class Output(Part):
+    """Where results go and how often state is saved."""
+
+    dir: str = "runs"
+    """Folder in which the run folder is made."""
+    save_every_steps: int = Field(0, ge=0)
+    """Save a checkpoint every N steps; 0 saves at the end only."""
+    keep_checkpoints: int | None = Field(None, ge=1)
+    """Keep the weights of only the newest N checkpoints; when absent every one is kept for adapters."""
+    merge: bool = False
+    """Merge the adapter into the base at the end."""
+    model_id_file: str | None = None
+    """File that receives the `ft:` id of the result."""

@@ -1,0 +1,86 @@
+"""RunSpec: the whole of what a person asks for, and the checks that span its parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from luthier.spec.about import About
+from luthier.spec.compute import Compute
+from luthier.spec.data import Data
+from luthier.spec.engine import Engine
+from luthier.spec.evaluate import Evaluate
+from luthier.spec.method import AutoMethod, Method
+from luthier.spec.model import Model
+from luthier.spec.objective import Objective, SftObjective
+from luthier.spec.optim import Optim
+from luthier.spec.output import Output
+from luthier.spec.part import Part
+
+
+class RunSpec(Part):
+    """One fine-tuning run, from raw rows to a verified model."""
+
+    seed: int = Field(0, ge=0)
+    """Decides the split, the order of the rows, the adapter's start and dropout."""
+    about: About = About()
+    """What a shipped recipe promises."""
+    model: Model
+    """The base model."""
+    data: Data = Data()
+    """The rows and the tokens trained."""
+    method: Method = AutoMethod()
+    """Which weights move."""
+    objective: Objective = SftObjective()
+    """What the loss rewards."""
+    optim: Optim = Optim()
+    """How far and how fast."""
+    evaluate: Evaluate = Evaluate()
+    """Measuring while training."""
+    output: Output = Output()
+    """Where results go."""
+    engine: Engine = Engine()
+    """The thing that trains."""
+    compute: Compute = Compute()
+    """How the machine is used."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_kinds(cls, tables: Any) -> Any:
+        """A tagged table without its `kind` means the default one."""
+        if not isinstance(tables, dict):
+            return tables
+        filled = dict(tables)
+        for name, kind in (("method", "auto"), ("objective", "sft")):
+            if isinstance(filled.get(name), dict):
+                filled[name] = {"kind": kind, **filled[name]}
+        return filled
+
+
+def find_contradictions(spec: RunSpec) -> list[tuple[str, str]]:
+    """Return (key path, message) for each pair of settings that cannot both hold."""
+    found = []
+    if spec.optim.warmup_ratio is not None and spec.optim.warmup_steps is not None:
+        found.append(("optim.warmup_steps", "given beside `optim.warmup_ratio`; keep one of them"))
+    if spec.evaluate.keep == "best" and spec.evaluate.every_steps == 0:
+        found.append(("evaluate.keep", '"best" needs evaluations to choose from; set `evaluate.every_steps`'))
+    if spec.evaluate.early_stop_patience is not None and spec.evaluate.every_steps == 0:
+        found.append(("evaluate.early_stop_patience", "needs evaluations; set `evaluate.every_steps`"))
+    if spec.data.valid == 0 and spec.evaluate.every_steps > 0:
+        found.append(("evaluate.every_steps", "nothing is held out to evaluate on; set `data.valid`"))
+    if spec.objective.kind == "pretrain" and spec.data.unroll:
+        found.append(("data.unroll", 'has no meaning for objective "pretrain", which has no turns'))
+    found += _beyond_engine(spec)
+    return found
+
+
+def _beyond_engine(spec: RunSpec) -> list[tuple[str, str]]:
+    """What the chosen engine cannot honour; an error and never ignored."""
+    kind, method = spec.engine.kind, spec.method.kind
+    found = []
+    if kind == "tinker" and method in ("full", "qlora"):
+        found.append(("method.kind", f'engine `tinker` trains LoRA only, found "{method}"'))
+    if kind in ("mlx", "tinker") and spec.compute.processes > 1:
+        found.append(("compute.processes", f"engine `{kind}` runs in one process"))
+    return found

@@ -1,0 +1,35 @@
+"""What Luthier does, step by step, as the command line and the server call it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from luthier.data.prepare import Prepared, Progress, prepare
+from luthier.data.rows import ReadOptions
+from luthier.runs.home import luthier_home
+from luthier.runs.resolve import resolve_model
+from luthier.spec.run import RunSpec
+
+
+def read_options(spec: RunSpec, *, with_model: bool = True, any_kind: bool = False) -> ReadOptions:
+    """How the spec's rows are read: without a model only as far as text goes; `any_kind` whatever the objective."""
+    template = spec.model.chat_template
+    return ReadOptions(
+        data=spec.data,
+        objective=None if any_kind else spec.objective.kind,
+        model_folder=resolve_model(spec.model.base, revision=spec.model.revision) if with_model else None,
+        chat_template=Path(template) if template else None,
+    )
+
+
+def prepare_data(
+    spec: RunSpec,
+    *,
+    with_model: bool = True,
+    any_kind: bool = False,
+    split: str | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
+    """The spec's rows, checked, split and tokenised into the token cache; found there when nothing changed."""
+    options = read_options(spec, with_model=with_model, any_kind=any_kind)
+    return prepare(options, seed=spec.seed, home=luthier_home(), split=split, progress=progress)
