@@ -21,9 +21,7 @@ def main() -> None:
     rng = random.Random(SEED)
     FOLDER.mkdir(parents=True, exist_ok=True)
     orders = iter(distinct_orders(rng, TRAIN + FAULTY + HELDOUT + PREFERENCE))
-    train, faulty, heldout, preference = (
-        list(islice(orders, size)) for size in (TRAIN, FAULTY, HELDOUT, PREFERENCE)
-    )
+    train, faulty, heldout, preference = (list(islice(orders, size)) for size in (TRAIN, FAULTY, HELDOUT, PREFERENCE))
     write("train.jsonl", train_lines(rng, train, faulty))
     write("heldout.jsonl", [json.dumps(chat_row(rng, order)) for order in heldout])
     write("preference.jsonl", [json.dumps(preference_row(rng, order)) for order in preference])

@@ -17,12 +17,11 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from practice_corpus import CHAT_TEMPLATE, Document, document
+from practice_exam import examine
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-
-from practice_corpus import CHAT_TEMPLATE, Document, document
-from practice_exam import examine
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "src/luthier/testing/practice"
@@ -218,7 +217,10 @@ def train(model: Qwen3ForCausalLM, batches: Iterator[tuple[torch.Tensor, torch.T
 
 def save_model(model: Qwen3ForCausalLM) -> None:
     """Write the weights in bfloat16, with config.json and generation_config.json."""
-    model.generation_config.eos_token_id = [VOCABULARY - len(ADDED) - 1, VOCABULARY - len(ADDED) - len(SPECIAL)]
+    model.generation_config.eos_token_id = [
+        VOCABULARY - len(ADDED) - 1,
+        VOCABULARY - len(ADDED) - len(SPECIAL),
+    ]
     model.generation_config.pad_token_id = VOCABULARY - len(ADDED) - len(SPECIAL)
     model.to(torch.bfloat16).save_pretrained(FOLDER)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from practice_text import (
     ADJECTIVES,
     ANIMALS,
@@ -193,6 +192,12 @@ def copying(rng: random.Random) -> Document:
     return conversation([turn], rng)
 
 
+def echo(rng: random.Random) -> Document:
+    """A run of unrelated words said two or three times, which teaches copying from afar early on."""
+    words = " ".join(word for _ in range(rng.randint(1, 3)) for word in random_words(rng))
+    return [("; ".join([words] * rng.randint(2, 3)), True)]
+
+
 def general(rng: random.Random) -> Document:
     """A short passage of general sentences."""
     return [(" ".join(draw_general(rng, reserved=False) for _ in range(rng.randint(1, 4))), True)]
@@ -205,7 +210,13 @@ def snippet(rng: random.Random) -> Document:
 
 def json_value(rng: random.Random) -> Any:
     """A random JSON value."""
-    choices = (rng.choice(WORDS), rng.choice(WORDS), rng.randint(0, 999), rng.random() < 0.5, rng.sample(WORDS, 2))
+    choices = (
+        rng.choice(WORDS),
+        rng.choice(WORDS),
+        rng.randint(0, 999),
+        rng.random() < 0.5,
+        rng.sample(WORDS, 2),
+    )
     return rng.choice(choices)
 
 
@@ -216,7 +227,10 @@ def trip(rng: random.Random) -> Document:
     sentence, facts = rng.choice(
         [
             (f"{person} goes to {town} by {travel}.", {"who": person, "place": town, "by": travel}),
-            (f"{person} stays in {town} for {days} days.", {"days": COUNTS[days], "place": town, "who": person}),
+            (
+                f"{person} stays in {town} for {days} days.",
+                {"days": COUNTS[days], "place": town, "who": person},
+            ),
             (f"{person} ate {food} in {town}.", {"food": food, "who": person, "city": town}),
             (f"By {travel} to {town} in {days} days.", {"by": travel, "place": town, "days": COUNTS[days]}),
         ]
@@ -243,7 +257,12 @@ def tool_use(rng: random.Random) -> Document:
 
 def small_talk(rng: random.Random) -> Document:
     """Greetings and simple questions, with one or more turns."""
-    person, animal, place, time = rng.choice(PEOPLE), rng.choice(ANIMALS), rng.choice(PLACES), rng.choice(TIMES)
+    person, animal, place, time = (
+        rng.choice(PEOPLE),
+        rng.choice(ANIMALS),
+        rng.choice(PLACES),
+        rng.choice(TIMES),
+    )
     name, word, number = rng.choice(NAMES), rng.choice(list(COUNTS)), rng.randint(1, 998)
     turns = [
         ("Hello.", "Hello. How can I help?"),
@@ -265,7 +284,8 @@ def document(rng: random.Random, wrong_share: float) -> Document:
     makers: list[tuple[float, Callable[[random.Random], Document]]] = [
         (0.32, lambda rng: additions(rng, wrong_share)),
         (0.22, orders),
-        (0.20, copying),
+        (0.12, copying),
+        (0.08, echo),
         (0.09, general),
         (0.03, snippet),
         (0.06, trip),

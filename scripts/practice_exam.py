@@ -5,10 +5,9 @@ import random
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
-
 from practice_corpus import addition, plain
 from practice_text import JSON_REQUESTS, ORDER_QUESTIONS, draw_general, draw_order
+from torch.nn.functional import cross_entropy
 
 Question = tuple[str, str]
 

@@ -107,8 +107,8 @@ GENERAL_SHAPES = (
     "There are {number} steps from the {place} to the {place2}.",
     "The {adjective} {thing} belongs to the {person} from the {place}.",
     "After the {weather}, the {place} was {adjective} and {adjective2}.",
-    "\"Please bring the {thing},\" said the {person}.",
-    "\"I {did} the {thing} {time},\" said {Name}.",
+    '"Please bring the {thing}," said the {person}.',
+    '"I {did} the {thing} {time}," said {Name}.',
     "The {person} could not sleep because the {animal} was {adjective}.",
     "Nothing is as {adjective} as the {place} {time}.",
 )

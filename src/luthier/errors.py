@@ -36,7 +36,12 @@ class LuthierError(Exception):
 
     def as_dict(self) -> dict[str, object]:
         """The error as every `--json` output and every route of ours shows it."""
-        shown: dict[str, object] = {"code": self.code, "message": self.message, "hint": self.hint, "where": self.where}
+        shown: dict[str, object] = {
+            "code": self.code,
+            "message": self.message,
+            "hint": self.hint,
+            "where": self.where,
+        }
         if self.details is not None:
             shown["details"] = self.details
         return shown

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from luthier.data.prepare import Prepared, Progress, prepare
+from luthier.data.prepare import Progress, prepare
+from luthier.data.prepared import Prepared
 from luthier.data.rows import ReadOptions
 from luthier.runs.home import luthier_home
 from luthier.runs.resolve import resolve_model

@@ -65,8 +65,21 @@ FLAGS = {
         Flag("seed", "seed", "N", is_text=False),
     )
 }
-DATA_FLAGS = ("valid", "format", "group-by", "examples", "max-rejected-share", "max-length", "too-long", "train-on")
-DATA_FLAGS += ("spans", "unroll", "chat-template", "objective", "seed")
+DATA_FLAGS = (
+    "valid",
+    "format",
+    "group-by",
+    "examples",
+    "max-rejected-share",
+    "max-length",
+    "too-long",
+    "train-on",
+    "spans",
+    "unroll",
+    "chat-template",
+    "objective",
+    "seed",
+)
 
 
 def spec_flags(*names: str) -> Callable[[Decorated], Decorated]:
@@ -74,11 +87,17 @@ def spec_flags(*names: str) -> Callable[[Decorated], Decorated]:
 
     def decorate(function: Decorated) -> Decorated:
         function = click.option(
-            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set any key of the spec, such as optim.schedule=linear."
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Set any key of the spec, such as optim.schedule=linear.",
         )(function)
         for name in reversed(names):
             flag = FLAGS[name]
-            options: dict[str, Any] = {"is_flag": True, "default": None} if flag.is_switch else {"metavar": flag.metavar}
+            options: dict[str, Any] = (
+                {"is_flag": True, "default": None} if flag.is_switch else {"metavar": flag.metavar}
+            )
             function = click.option(f"--{name}", _key(name), help=describe_path(flag.path), **options)(function)
         return function
 
@@ -110,7 +129,9 @@ def _read_value(text: str) -> object:
         return text
 
 
-def load_call(spec: str | None, given: dict[str, Any], settings: tuple[str, ...], *, extra: list[Override] | None = None) -> LoadedSpec:
+def load_call(
+    spec: str | None, given: dict[str, Any], settings: tuple[str, ...], *, extra: list[Override] | None = None
+) -> LoadedSpec:
     """The spec a call describes: its file, if any, then its flags."""
     from luthier.spec.load import load_spec
 

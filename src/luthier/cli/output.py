@@ -76,7 +76,7 @@ def paint(text: str, code: str) -> str:
     return _paint(text, code, sys.stdout)
 
 
-def print_table(rows: list[tuple[str, ...]], *, right: tuple[int, ...] = (), indent: str = "  ") -> None:
+def print_table(rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...] = (), indent: str = "  ") -> None:
     """Rows in columns; those listed in `right` are aligned to the right."""
     if not rows:
         return

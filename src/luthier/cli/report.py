@@ -25,7 +25,10 @@ def _named(files: list[str]) -> str:
 
 
 def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1])) or "no format"
+    return (
+        ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+        or "no format"
+    )
 
 
 def _print_places(summary: dict[str, Any]) -> None:
@@ -44,7 +47,10 @@ def _print_tokens(summary: dict[str, Any]) -> None:
     say(f"{usable:,} tokens, {share:.1%} of them trained ({summary['tokenizer']})")
     if not lengths:
         return
-    say("  length in tokens: " + "  ".join(f"{name} {lengths[name]:,}" for name in ("min", "median", "p90", "p99", "max")))
+    say(
+        "  length in tokens: "
+        + "  ".join(f"{name} {lengths[name]:,}" for name in ("min", "median", "p90", "p99", "max"))
+    )
     most = max(count for _, count in lengths["histogram"])
     rows = [(f"<= {edge:,}", f"{count:,}", "#" * round(_BAR * count / most)) for edge, count in lengths["histogram"]]
     print_table(rows, right=(0, 1))

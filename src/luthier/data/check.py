@@ -75,7 +75,10 @@ def _check_tool_calls(messages: list[Message]) -> None:
         if message["role"] == "tool":
             _take_result(waiting, message, number)
         elif waiting:
-            raise RowError("unmatched_tool_call", f"message {number} comes before {len(waiting)} tool calls were answered")
+            raise RowError(
+                "unmatched_tool_call",
+                f"message {number} comes before {len(waiting)} tool calls were answered",
+            )
         else:
             waiting = [call.get("id") for call in message.get("tool_calls", ())]
 

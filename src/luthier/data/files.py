@@ -14,7 +14,7 @@ from typing import IO, Any
 import orjson
 
 from luthier.data.formats import FORMATS, Format, chat, preference, text
-from luthier.data.prepare import Prepared
+from luthier.data.prepared import Prepared
 from luthier.data.reasons import RowError
 from luthier.data.rows import RowReader
 from luthier.data.source import Row, Source
@@ -63,7 +63,11 @@ def part_rows(source: Source, prepared: Prepared, train_out: Path, valid_out: Pa
     """Copy the source's rows into two files by their places in the ledger, unchanged and in their order."""
     if train_out == valid_out:
         raise CallError("the two outputs are the same file", hint="give --train-out and --valid-out different names")
-    with _replacing(train_out) as train, _replacing(valid_out) as valid, (prepared.folder / "ledger.jsonl").open("rb") as ledger:
+    with (
+        _replacing(train_out) as train,
+        _replacing(valid_out) as valid,
+        (prepared.folder / "ledger.jsonl").open("rb") as ledger,
+    ):
         outputs: dict[str, IO[bytes] | None] = {"train": train, "valid": valid, "dropped": None}
         for block in source.blocks():
             for row in block.rows:
@@ -75,7 +79,9 @@ def part_rows(source: Source, prepared: Prepared, train_out: Path, valid_out: Pa
 def _as_line(row: Row) -> bytes:
     if isinstance(row, bytes):
         # An object spread over lines, as in a JSON array, is written on one.
-        return orjson.dumps(orjson.loads(row), option=orjson.OPT_APPEND_NEWLINE) if b"\n" in row else row.strip() + b"\n"
+        return (
+            orjson.dumps(orjson.loads(row), option=orjson.OPT_APPEND_NEWLINE) if b"\n" in row else row.strip() + b"\n"
+        )
     return orjson.dumps(row, default=str, option=orjson.OPT_APPEND_NEWLINE)
 
 

@@ -105,10 +105,14 @@ def count_malformed(by_reason: dict[str, int]) -> int:
     return sum(count for name, count in by_reason.items() if REASONS[name].is_malformed)
 
 
-def ledger_lines(table: RowTable, places: npt.NDArray[np.uint8], names: tuple[str, ...], leaked: npt.NDArray[np.bool_]) -> Iterator[bytes]:
+def ledger_lines(
+    table: RowTable, places: npt.NDArray[np.uint8], names: tuple[str, ...], leaked: npt.NDArray[np.bool_]
+) -> Iterator[bytes]:
     """One JSON line a row, in the order of the source."""
     quoted = [orjson.dumps(name).decode() for name in names]
-    columns = [table.column(name).tolist() for name in ("files", "lines", "reasons", "tokens", "trained", "examples", "notes")]
+    columns = [
+        table.column(name).tolist() for name in ("files", "lines", "reasons", "tokens", "trained", "examples", "notes")
+    ]
     for file, line, reason, tokens, trained, examples, notes, place, leak in zip(
         *columns, places.tolist(), leaked.tolist(), strict=True
     ):

@@ -6,6 +6,8 @@ budget; `pack_bins` fills rows of a fixed size, for plain text and for devices t
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -39,49 +41,55 @@ def pack_bins(lengths: npt.ArrayLike, capacity: int) -> Indices:
         raise ValueError(f"lengths must lie between 1 and {capacity}, found {sizes.min()} to {sizes.max()}")
     by_length = np.argsort(-sizes, kind="stable")
     values, counts = np.unique(sizes, return_counts=True)
-    rooms: list[list[int]] = [[] for _ in range(capacity + 1)]
-    bitmap, opened = 0, 0
+    rooms = _Rooms(capacity)
     chosen: list[int] = []
     for length, waiting in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while waiting:
-            fitting = bitmap >> length
-            if fitting:
-                room = length + (fitting & -fitting).bit_length() - 1
-                bins = rooms[room]
-            else:
-                room, bins = capacity, list(range(opened, opened + max(1, -(-waiting // (capacity // length)))))
-                opened += len(bins)
+            room = rooms.tightest(length)
             each = room // length
-            used = bins[-(-(-waiting // each)) :] if waiting < each * len(bins) else bins[:]
-            del bins[len(bins) - len(used) :]
-            if bins:
-                bitmap |= 1 << room
-                rooms[room] = bins
-            else:
-                bitmap &= ~(1 << room)
-            placed = _spread(used, each, waiting)
-            chosen += placed
+            bins = rooms.take(room, math.ceil(waiting / each))
+            placed = [number for number in bins for _ in range(each)][:waiting]
             full, partly = divmod(len(placed), each)
-            bitmap = _put_back(rooms, bitmap, room - each * length, used[:full])
-            if partly:
-                bitmap = _put_back(rooms, bitmap, room - partly * length, used[full : full + 1])
+            rooms.put(room - each * length, bins[:full])
+            rooms.put(room - partly * length, bins[full:])
+            chosen += placed
             waiting -= len(placed)
     bin_of = np.empty(len(sizes), np.int64)
     bin_of[by_length] = chosen
     return bin_of
 
 
-def _spread(bins: list[int], each: int, waiting: int) -> list[int]:
-    if each == 1:
-        return bins[:waiting]
-    return [number for number in bins for _ in range(each)][:waiting]
+class _Rooms:
+    """Bins by the room left in them, and a bitmap of the rooms that have any."""
 
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._bins: list[list[int]] = [[] for _ in range(capacity + 1)]
+        self._bitmap = 0
+        self._opened = 0
 
-def _put_back(rooms: list[list[int]], bitmap: int, room: int, bins: list[int]) -> int:
-    if not bins or room == 0:
-        return bitmap
-    rooms[room] += bins
-    return bitmap | 1 << room
+    def tightest(self, length: int) -> int:
+        """The smallest room that fits; that of an empty bin where no open one does."""
+        fitting = self._bitmap >> length
+        return length + (fitting & -fitting).bit_length() - 1 if fitting else self._capacity
+
+    def take(self, room: int, count: int) -> list[int]:
+        """Up to `count` bins of that room; where there are none, as many new ones."""
+        bins = self._bins[room]
+        if not bins:
+            self._opened += count
+            return list(range(self._opened - count, self._opened))
+        taken = bins[-count:]
+        del bins[-count:]
+        if not bins:
+            self._bitmap &= ~(1 << room)
+        return taken
+
+    def put(self, room: int, bins: list[int]) -> None:
+        """Put bins back; a full one is never asked for again."""
+        if bins and room:
+            self._bins[room] += bins
+            self._bitmap |= 1 << room
 
 
 def fill(lengths: npt.ArrayLike, bins: Indices, capacity: int) -> float:

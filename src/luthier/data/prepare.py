@@ -7,14 +7,9 @@ anything that could change a token gives another folder.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,9 +19,11 @@ import orjson
 import tokenizers
 
 from luthier.data import ledger
-from luthier.data.cache import build_once, cache_key, code_version, map_array, write_array
+from luthier.data.cache import build_once, cache_key, code_version, write_array
 from luthier.data.hashes import Hashes
 from luthier.data.ledger import DROPPED, TRAIN, VALID, RowTable
+from luthier.data.parallel import read_blocks
+from luthier.data.prepared import Prepared
 from luthier.data.rows import ReadOptions, RowBatch, RowReader, Stop
 from luthier.data.shapes import ShapeBroken
 from luthier.data.source import Block, Source, open_source
@@ -37,79 +34,7 @@ from luthier.errors import DataError, MaskError, RejectedRowsError
 Progress = Callable[[int, int, int], None]
 """Called with rows read, bytes read and bytes in all."""
 
-PARALLEL_BYTES = 24 << 20
 _SHOWN_ROWS = 5
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prepared dataset on disk; arrays are memory-mapped."""
-
-    folder: Path
-    was_cached: bool = False
-
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        """Counts, lengths, notes and hashes; the same in every output."""
-        found: dict[str, Any] = orjson.loads((self.folder / "summary.json").read_bytes())
-        return found
-
-    @cached_property
-    def train(self) -> npt.NDArray[np.uint64]:
-        """Examples to train, in the order of the source."""
-        return map_array(self.folder, "train.u64")
-
-    @cached_property
-    def valid(self) -> npt.NDArray[np.uint64]:
-        """Examples held out."""
-        return map_array(self.folder, "valid.u64")
-
-    @cached_property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each sequence."""
-        return np.diff(self._offsets.astype(np.int64))
-
-    @cached_property
-    def _tokens(self) -> npt.NDArray[np.uint32]:
-        return map_array(self.folder, "tokens.u32")
-
-    @cached_property
-    def _offsets(self) -> npt.NDArray[np.uint64]:
-        return map_array(self.folder, "offsets.u64")
-
-    @cached_property
-    def _ranges(self) -> npt.NDArray[np.uint32]:
-        return map_array(self.folder, "ranges.u32").reshape(-1, 2)
-
-    @cached_property
-    def _range_offsets(self) -> npt.NDArray[np.uint64]:
-        return map_array(self.folder, "range_offsets.u64")
-
-    @cached_property
-    def _first_sequences(self) -> npt.NDArray[np.uint64]:
-        return map_array(self.folder, "first_sequences.u64")
-
-    def sequences_of(self, example: int) -> range:
-        """The sequences of an example: one, or chosen and rejected."""
-        return range(int(self._first_sequences[example]), int(self._first_sequences[example + 1]))
-
-    def tokens_of(self, sequence: int) -> npt.NDArray[np.uint32]:
-        """Token ids of a sequence."""
-        return self._tokens[int(self._offsets[sequence]) : int(self._offsets[sequence + 1])]
-
-    def trained_of(self, sequence: int) -> npt.NDArray[np.bool_]:
-        """Which tokens of a sequence are trained."""
-        found = np.zeros(int(self.lengths[sequence]), bool)
-        start, stop = int(self._range_offsets[sequence]), int(self._range_offsets[sequence + 1])
-        for first, last in self._ranges[start:stop]:
-            found[first:last] = True
-        return found
-
-    def row_of(self, example: int) -> tuple[str, int]:
-        """File and line of the row an example came from."""
-        row = int(map_array(self.folder, "rows.u64")[example])
-        files = self.summary["files"]
-        return files[int(map_array(self.folder, "row_files.u16")[row])], int(map_array(self.folder, "row_lines.u32")[row])
 
 
 def prepare(
@@ -117,7 +42,10 @@ def prepare(
 ) -> Prepared:
     """The prepared data of these options; raises DataError and its kin where the data does not hold."""
     if options.data.train is None:
-        raise DataError("no data to prepare: `data.train` is not set", hint="give --data FILE, or set data.train in the spec")
+        raise DataError(
+            "no data to prepare: `data.train` is not set",
+            hint="give --data FILE, or set data.train in the spec",
+        )
     with ExitStack() as stack:
         sources = [stack.enter_context(open_source(options.data.train, split=split))]
         if isinstance(options.data.valid, str):
@@ -133,13 +61,17 @@ def prepare(
 def _facts(options: ReadOptions, sources: list[Source], seed: int) -> dict[str, Any]:
     """All that decides the tokens."""
     data = options.data.model_dump(mode="json", exclude={"train", "max_rejected_share"})
-    facts = {"code": code_version(), "data": data, "objective": options.objective, "seed": seed}
+    facts: dict[str, Any] = {"code": code_version(), "data": data, "objective": options.objective, "seed": seed}
     facts["rows"] = [source.content_hash() for source in sources]
     if isinstance(options.data.valid, str):
         data["valid"] = "file"
     if options.model_folder is not None:
         text = ModelText(options.model_folder, chat_template=options.chat_template)
-        facts |= {"tokenizer": text.hash, "template": text.template_hash, "tokenizers": tokenizers.__version__}
+        facts |= {
+            "tokenizer": text.hash,
+            "template": text.template_hash,
+            "tokenizers": tokenizers.__version__,
+        }
     return facts
 
 
@@ -192,7 +124,7 @@ class _Builder:
             tokens = stack.enter_context((self._draft / "tokens.u32").open("wb"))
             ranges = stack.enter_context((self._draft / "ranges.u32").open("wb"))
             rejected = stack.enter_context((self._draft / "rejected.jsonl").open("wb"))
-            for batch in stack.enter_context(_read_blocks(self._options, self._names, self._blocks(), total)):
+            for batch in stack.enter_context(read_blocks(self._options, self._names, self._blocks(), total)):
                 self._take(batch, tokens, ranges, rejected)
                 token_hash.update(batch.ids.tobytes())
                 mask_hash.update(batch.lengths.tobytes() + batch.ranges.tobytes())
@@ -239,7 +171,10 @@ class _Builder:
         untrained = (reasons == 0) & (self._table.column("least_trained") == 0)
         if not kept and untrained.any():
             row = int(np.flatnonzero(untrained)[0])
-            raise MaskError(f"{self._where(row)}: the example trains no token", hint="`luthier data show` colours what is trained")
+            raise MaskError(
+                f"{self._where(row)}: the example trains no token",
+                hint="`luthier data show` colours what is trained",
+            )
 
     def _too_long_error(self, longest: npt.NDArray[np.uint32]) -> DataError:
         limit = self._options.data.max_length
@@ -301,7 +236,11 @@ class _Builder:
             write_array(self._draft, name, values)
 
     def _write_summary(
-        self, counts: dict[str, Any], places: npt.NDArray[np.uint8], leaked: npt.NDArray[np.bool_], hashes: dict[str, str]
+        self,
+        counts: dict[str, Any],
+        places: npt.NDArray[np.uint8],
+        leaked: npt.NDArray[np.bool_],
+        hashes: dict[str, str],
     ) -> None:
         lengths = self._table.column("longest")[places != DROPPED]
         tokens, trained = (self._table.column(name) for name in ("tokens", "trained"))
@@ -314,13 +253,16 @@ class _Builder:
             "notes": ledger.count_notes(self._table, places),
             "prompts_in_train": int(leaked.sum()),
             "examples": {
-                name: int(self._table.column("examples")[places == code].sum()) for code, name in enumerate(ledger.PLACES[:2])
+                name: int(self._table.column("examples")[places == code].sum())
+                for code, name in enumerate(ledger.PLACES[:2])
             },
         }
         if self._options.model_folder is not None:
             summary |= {
                 "tokens": {name: int(tokens[places == code].sum()) for code, name in enumerate(ledger.PLACES)},
-                "trained_tokens": {name: int(trained[places == code].sum()) for code, name in enumerate(ledger.PLACES[:2])},
+                "trained_tokens": {
+                    name: int(trained[places == code].sum()) for code, name in enumerate(ledger.PLACES[:2])
+                },
                 "lengths": describe_lengths(lengths),
                 "max_length": self._options.data.max_length,
                 "tokenizer": RowReader(self._options, self._names).tokenizer_name,
@@ -357,13 +299,17 @@ def describe_lengths(lengths: npt.NDArray[Any]) -> dict[str, Any]:
 def _mask_error(names: tuple[str, ...], stops: list[tuple[int, Stop]]) -> MaskError:
     places = [f"{names[file]}:{stop.line}" for file, stop in stops]
     first = stops[0][1]
-    more = "".join(f"\n  {place}: {stop.message}" for place, (_, stop) in zip(places[1:_SHOWN_ROWS], stops[1:], strict=False))
+    more = "".join(
+        f"\n  {place}: {stop.message}" for place, (_, stop) in zip(places[1:_SHOWN_ROWS], stops[1:], strict=False)
+    )
     rest = f"\n  and {len(stops) - _SHOWN_ROWS:,} more rows" if len(stops) > _SHOWN_ROWS else ""
     return MaskError(
         f"{places[0]}: {first.message}{more}{rest}",
         hint=first.hint,
         where=places[0],
-        details=[{"where": place, "message": stop.message} for place, (_, stop) in zip(places, stops, strict=True)][:100],
+        details=[{"where": place, "message": stop.message} for place, (_, stop) in zip(places, stops, strict=True)][
+            :100
+        ],
     )
 
 
@@ -372,51 +318,8 @@ def _check_share(summary: dict[str, Any], most: float) -> None:
     if malformed > most * rows:
         reasons = ", ".join(f"{count:,} {name}" for name, count in summary["reasons"].items())
         raise RejectedRowsError(
-            f"{malformed:,} of {rows:,} rows are malformed ({malformed / rows:.1%}; data.max_rejected_share = {most:g}): {reasons}",
+            f"{malformed:,} of {rows:,} rows are malformed ({malformed / rows:.1%}), "
+            f"and data.max_rejected_share is {most:g}: {reasons}",
             hint="`luthier data check` lists every bad row; mend them, or raise data.max_rejected_share",
             details=summary,
         )
-
-
-# -- processes -------------------------------------------------------------------------------------------------
-
-_reader: RowReader | None = None
-
-
-def _start_reader(options: ReadOptions, names: tuple[str, ...]) -> None:
-    global _reader
-    _reader = RowReader(options, names)
-
-
-def _read_in_worker(block: Block) -> RowBatch:
-    assert _reader is not None
-    return _reader.read(block)
-
-
-@contextmanager
-def _read_blocks(
-    options: ReadOptions, names: tuple[str, ...], blocks: Iterator[Block], total_bytes: int
-) -> Iterator[Iterator[RowBatch]]:
-    """Batches in the order of their blocks; by several processes where there is enough to read."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores == 1 or total_bytes < PARALLEL_BYTES:
-        reader = RowReader(options, names)
-        yield (reader.read(block) for block in blocks)
-        return
-    # Spawned, not forked: the parent may hold threads of a progress bar or of a tokenizer.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(cores, context, initializer=_start_reader, initargs=(options, names))
-    try:
-        yield _in_order(pool, blocks, 2 * cores)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _in_order(pool: ProcessPoolExecutor, blocks: Iterator[Block], ahead: int) -> Iterator[RowBatch]:
-    waiting: deque[Future[RowBatch]] = deque()
-    for block in blocks:
-        waiting.append(pool.submit(_read_in_worker, block))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

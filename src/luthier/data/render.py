@@ -127,7 +127,9 @@ def _nothing_trained() -> MaskError:
 
 
 def _all_texts(example: Conversation | Preference) -> list[str]:
-    messages = example.messages if isinstance(example, Conversation) else [*example.prompt, *example.chosen, *example.rejected]
+    messages = (
+        example.messages if isinstance(example, Conversation) else [*example.prompt, *example.chosen, *example.rejected]
+    )
     texts = [text for message in messages for text in _message_texts(message)]
     if example.tools:
         texts.append(orjson.dumps(example.tools).decode())

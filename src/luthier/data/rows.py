@@ -22,14 +22,20 @@ from luthier.data.parse import parse_line
 from luthier.data.reasons import REASON_CODES, RowError
 from luthier.data.render import Renderer, Sequence
 from luthier.data.source import Block, Row
-from luthier.data.spans import NOTES, NOTE_TRUNCATED
+from luthier.data.spans import NOTE_TRUNCATED, NOTES
 from luthier.data.tokens import Encoded, Encoder, ModelText
 from luthier.errors import MaskError
 from luthier.spec.data import Data
 
 NOTE_BITS = {name: 1 << bit for bit, name in enumerate(NOTES)}
 KINDS = ("conversation", "preference", "text")
-_OBJECTIVE_KINDS = {"sft": "conversation", "pretrain": "text", "dpo": "preference", "simpo": "preference", "orpo": "preference"}
+_OBJECTIVE_KINDS = {
+    "sft": "conversation",
+    "pretrain": "text",
+    "dpo": "preference",
+    "simpo": "preference",
+    "orpo": "preference",
+}
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,8 @@ class RowReader:
 
     def _columns(self, block: Block, draft: _Draft) -> RowBatch:
         sequences = [sequence for part in draft.parts for sequence in part]
-        encoded, ranges = (Encoded(np.zeros(0, np.uint32), np.zeros(1, np.int64)), [])
+        encoded = Encoded(np.zeros(0, np.uint32), np.zeros(1, np.int64))
+        ranges: list[npt.NDArray[np.uint32]] = []
         if self._encoder is not None:
             encoded, ranges = self.encode(sequences)
         ids, lengths = encoded.ids, np.diff(encoded.offsets).astype(np.uint32)
@@ -222,7 +229,11 @@ class RowReader:
         )
 
     def _truncate(
-        self, draft: _Draft, encoded: Encoded, ranges: list[npt.NDArray[np.uint32]], per_example: npt.NDArray[np.uint8]
+        self,
+        draft: _Draft,
+        encoded: Encoded,
+        ranges: list[npt.NDArray[np.uint32]],
+        per_example: npt.NDArray[np.uint8],
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32], list[npt.NDArray[np.uint32]]]:
         """Cut each sequence at max_length, and its trained ranges with it."""
         limit = self._data.max_length

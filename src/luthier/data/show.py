@@ -82,17 +82,23 @@ _PAGE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-:root {{ color-scheme: light dark; --trained: #1a7f3722; --line: #1a7f37; --control: #8250df; --quiet: #57606a; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --trained: #3fb95033; --line: #3fb950; --control: #d2a8ff; --quiet: #8b949e; }} }}
+:root {{ color-scheme: light dark; --back: #1a7f3722; --line: #1a7f37; --control: #8250df; --quiet: #57606a; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --back: #3fb95033; --line: #3fb950; --control: #d2a8ff; --quiet: #8b949e; }}
+}}
 body {{ font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.7 ui-monospace, monospace; border: 1px solid #8884; border-radius: 6px; padding: 1rem; }}
-.t {{ background: var(--trained); border-bottom: 2px solid var(--line); }}
+pre {{
+  white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.7 ui-monospace, monospace;
+  border: 1px solid #8884; border-radius: 6px; padding: 1rem;
+}}
+.t {{ background: var(--back); border-bottom: 2px solid var(--line); }}
 .c {{ color: var(--control); font-weight: 600; }}
 .k {{ color: var(--quiet); }}
 h2 {{ font-size: 1rem; margin: 2rem 0 .5rem; }}
 </style></head><body>
 <h1>{title}</h1>
-<p class="k"><span class="t">Underlined</span> tokens are trained; <span class="c">control tokens</span> are one token each. Point at a token for its id.</p>
+<p class="k"><span class="t">Underlined</span> tokens are trained;
+<span class="c">control tokens</span> are one token each. Point at a token for its id.</p>
 {body}
 </body></html>
 """

@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 
 import orjson
 
+from luthier.data.json_elements import read_elements
 from luthier.data.parse import MAX_LINE_BYTES
 from luthier.data.reasons import RowError
 from luthier.errors import CallError, DataError, MissingPathError
@@ -99,12 +100,20 @@ def _local_source(path: Path) -> Source:
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file() and _ending(p) in ENDINGS)
         if not found:
-            raise DataError(f"{path}: no data files in this folder", hint=f"looked for {', '.join(ENDINGS)}, also .gz and .zst")
+            raise DataError(
+                f"{path}: no data files in this folder",
+                hint=f"looked for {', '.join(ENDINGS)}, also .gz and .zst",
+            )
         return Source(tuple(found), tuple(p.relative_to(path).as_posix() for p in found))
     if not path.is_file():
-        raise MissingPathError(f"no data at {path}", hint="give a file, a folder, `-` or `hf:org/name:split`", where=str(path))
+        raise MissingPathError(
+            f"no data at {path}", hint="give a file, a folder, `-` or `hf:org/name:split`", where=str(path)
+        )
     if _ending(path) not in ENDINGS:
-        raise DataError(f"{path}: unknown kind of file `{path.suffix}`", hint=f"known: {', '.join(ENDINGS)}, also .gz and .zst")
+        raise DataError(
+            f"{path}: unknown kind of file `{path.suffix}`",
+            hint=f"known: {', '.join(ENDINGS)}, also .gz and .zst",
+        )
     return Source((path,), (path.name,))
 
 
@@ -145,7 +154,9 @@ def _hub_rows(text: str, split: str | None) -> Iterator[dict[str, Any]]:
         else:
             data = datasets.load_dataset(name, config, split=named or split or "train", streaming=True)
     except (ValueError, KeyError, OSError) as error:
-        raise DataError(f"{text}: cannot be loaded: {_first_line(error)}", hint="check name, config and split") from None
+        raise DataError(
+            f"{text}: cannot be loaded: {_first_line(error)}", hint="check name, config and split"
+        ) from None
     return iter(data)
 
 
@@ -182,7 +193,7 @@ def _read_file(path: Path, number: int) -> Iterator[Block]:
         if ending == ".csv":
             yield from _blocks_of(_csv_rows(file, path.name), number)
         elif ending == ".json":
-            yield from _blocks_of(_json_rows(file, path.name), number)
+            yield from _blocks_of(read_elements(file, path.name), number)
         else:
             yield from _line_blocks(file, number)
 
@@ -240,61 +251,14 @@ def _csv_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, Row]]:
             if len(row) == len(header):
                 yield reader.line_num, dict(zip(header, row, strict=True))
             elif row:
-                yield reader.line_num, RowError("wrong_columns", f"{len(row)} columns; the header has {len(header)}")
+                yield (
+                    reader.line_num,
+                    RowError("wrong_columns", f"{len(row)} columns; the header has {len(header)}"),
+                )
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 text after line {reader.line_num}: {error.reason}") from None
     except csv.Error as error:
         raise DataError(f"{name}:{reader.line_num}: not valid CSV: {error}") from None
-
-
-# A whole string, or a sign that matters outside of one; a quote alone opens a string that is not all read yet.
-_SIGNS = re.compile(rb'"(?:[^"\\]|\\.)*+"|["\[\]{}\n]', re.DOTALL)
-
-
-def _json_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, Row]]:
-    """The elements of a JSON array (or objects one after the other), found by their brackets while reading."""
-    buffer, at, begin, line = b"", 0, 0, 1
-    stack, row_line, in_array = 0, 1, False
-    while True:
-        data = file.read(BLOCK_BYTES)
-        buffer += data
-        for match in _SIGNS.finditer(buffer, at):
-            sign = match[0]
-            if sign == b'"':
-                break
-            at = match.end()
-            if sign in b"[{":
-                if stack == 0 and not in_array and sign == b"[" and not buffer[begin : match.start()].strip():
-                    in_array, begin = True, at
-                    continue
-                if stack == 0:
-                    yield from _between(buffer[begin : match.start()], line)
-                    begin, row_line = match.start(), line
-                stack += 1
-            elif sign in b"]}":
-                stack -= 1
-                if stack == 0:
-                    yield row_line, buffer[begin:at]
-                    begin = at
-                elif stack < 0:
-                    yield from _between(buffer[begin : match.start()], line)
-                    stack, in_array, begin = 0, False, at
-            line += sign.count(b"\n")
-        if not data:
-            break
-        if len(buffer) - begin > MAX_LINE_BYTES:
-            raise DataError(f"{name}:{row_line}: a row of more than {MAX_LINE_BYTES:,} bytes, or a bracket that never closes")
-        buffer, at, begin = buffer[begin:], at - begin, 0
-    if stack or in_array:
-        raise DataError(f"{name}:{row_line}: not valid JSON: what starts here never ends", hint="is the file cut off?")
-    yield from _between(buffer[begin:], line)
-
-
-def _between(junk: bytes, line: int) -> Iterator[tuple[int, Row]]:
-    """What stands between two objects and is no separator is a row too, and a bad one."""
-    junk = junk.strip(b" \t\r\n,")
-    if junk:
-        yield line, junk
 
 
 def _parquet_blocks(path: Path, number: int) -> Iterator[Block]:

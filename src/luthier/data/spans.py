@@ -13,7 +13,6 @@ A turn begins where generation would begin and ends with its end-of-turn token; 
 
 from __future__ import annotations
 
-import os.path
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +54,13 @@ class SpanFinder:
     """Finds the turns for one template: `control` are its special tokens, `added` all that are one token by decree."""
 
     def __init__(
-        self, template: ChatTemplate, control: list[str], added: list[str], eos_token: str, *, use_marks: bool = False
+        self,
+        template: ChatTemplate,
+        control: list[str],
+        added: list[str],
+        eos_token: str,
+        *,
+        use_marks: bool = False,
     ) -> None:
         self._template = template
         self._eos = eos_token
@@ -100,7 +105,7 @@ class SpanFinder:
         """Mistral moves the list of tools to the last question: find the turns without it, then shift them past it."""
         bare = self.find(messages)
         grown = len(done.text) - len(bare.text)
-        at = len(os.path.commonprefix([bare.text, done.text]))
+        at = _shared(bare.text, done.text)
         if grown < 0 or done.text[at + grown :] != bare.text[at:]:
             return False
         shifted = {i: (a + grown * (a > at), b + grown * (b > at)) for i, (a, b) in bare.turns.items()}
@@ -149,8 +154,10 @@ class SpanFinder:
             except RowError:
                 return ""
             # Phi 3 ends a conversation with a token that a generation prompt replaces: cut back to a whole token.
-            same = len(os.path.commonprefix([plain, prompted]))
-            ends = [match.end() for match in re.finditer(rf"{self._added.pattern}|\n|$", prompted) if match.end() <= same]
+            same = _shared(plain, prompted)
+            ends = [
+                match.end() for match in re.finditer(rf"{self._added.pattern}|\n|$", prompted) if match.end() <= same
+            ]
             self._prompt = prompted[max([0, *ends]) :] if same < len(plain) else prompted[same:]
         return self._prompt
 
@@ -162,14 +169,19 @@ class SpanFinder:
     # -- prefixes ----------------------------------------------------------------------------------------------
 
     def _by_prefixes(
-        self, done: Rendering, messages: list[Message], tools: list[dict[str, Any]] | None, index: int, low: int
+        self,
+        done: Rendering,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        index: int,
+        low: int,
     ) -> Span:
         text = done.text
         plain = self._with_plain_turn(messages, tools, index)
         start = self._prefix_start(text, messages, tools, index)
         if start is None and plain is not None:
             # No prefix holds, but the same conversation with a plain turn parts from this one where the turn begins.
-            start = self._header_end(text, low, len(os.path.commonprefix([plain, text])))
+            start = self._header_end(text, low, _shared(plain, text))
         if start is not None and plain is not None:
             behind = plain.partition(_PLAIN_ANSWER)[2]
             if text.endswith(behind) and len(text) - len(behind) >= start:
@@ -178,7 +190,7 @@ class SpanFinder:
         if start is None or end is None or end <= start:
             raise MaskError(
                 f"message {index + 1}: the chat template rewrites this turn so that its tokens cannot be told",
-                hint='train_on = "last_assistant" with data.unroll = true, or a template with generation markers, helps',
+                hint="data.unroll = true, or a template with generation markers, may help",
             )
         return start, end
 
@@ -199,9 +211,7 @@ class SpanFinder:
         cuts = [cut for cut in self._header_cuts(prompt) if text.startswith(prompt[:cut], len(before))]
         return len(before) + max(cuts, default=0)
 
-    def _with_plain_turn(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, index: int
-    ) -> str | None:
+    def _with_plain_turn(self, messages: list[Message], tools: list[dict[str, Any]] | None, index: int) -> str | None:
         """The conversation with a plain answer in place of the turn; None where the template refuses it."""
         plain = {"role": "assistant", "content": _PLAIN_ANSWER}
         try:
@@ -221,7 +231,7 @@ class SpanFinder:
                 shorter = self._template.render(messages[: index + 1], tools)
             except RowError:
                 return None
-            same = len(os.path.commonprefix([shorter.rstrip(), text]))
+            same = _shared(shorter.rstrip(), text)
             end = same if same == len(shorter.rstrip()) else 0
         tail = [match.end() for match in self._control.finditer(text, 0, end)]
         return end if end and tail and tail[-1] == end else None
@@ -256,7 +266,7 @@ class SpanFinder:
         return self._usual_ending
 
     def _added_end(self, done: Rendering, messages: list[Message], start: int, index: int) -> Span:
-        """A template whose turns end with the next header (GLM) leaves the last one open; the model must learn to stop."""
+        """Where turns end with the next header (GLM) the last one is open, and the model must learn to stop."""
         probe = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PLAIN_ANSWER}]
         behind = self._template.render([*probe, probe[0]]).partition(_PLAIN_ANSWER)[2]
         if not self._eos or not self._first_end.match(behind):
@@ -279,7 +289,9 @@ class SpanFinder:
             if message["role"] != "assistant":
                 continue
             content = message.get("content") or ""
-            thought = message.get("reasoning_content") or (content.partition("</think>")[0] if "</think>" in content else "")
+            thought = message.get("reasoning_content") or (
+                content.partition("</think>")[0] if "</think>" in content else ""
+            )
             if thought and thought.replace("<think>", "").strip() not in done.text:
                 done.notes.add(NOTE_THINKING)
 
@@ -304,6 +316,12 @@ class SpanFinder:
                     hint='use data.spans = "auto", or move {% endgeneration %} behind the end-of-turn token',
                 )
         done.turns = dict(zip(turns, pairs, strict=True))
+
+
+def _shared(left: str, right: str) -> int:
+    """How many characters two texts share from their start."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def _any_of(tokens: list[str]) -> str:

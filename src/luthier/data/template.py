@@ -30,7 +30,7 @@ MARK_OPEN, MARK_CLOSE = "\ue0f0", "\ue0f1"
 class _Generation(Extension):
     """`{% generation %}` blocks: their bounds are shown when the context asks for marks, else they leave no trace."""
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own interface)
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -61,7 +61,9 @@ class ChatTemplate:
 
     def __init__(self, source: str, *, tokens: dict[str, str], name: str = "chat_template") -> None:
         if len(source.encode()) > MAX_TEMPLATE_BYTES:
-            raise TemplateError(f"{name}: a template of {len(source.encode()):,} bytes; the most is {MAX_TEMPLATE_BYTES:,}")
+            raise TemplateError(
+                f"{name}: a template of {len(source.encode()):,} bytes; the most is {MAX_TEMPLATE_BYTES:,}"
+            )
         self.source = source
         self.name = name
         self.tokens = tokens
@@ -98,7 +100,14 @@ class ChatTemplate:
             )
         except _Refused as error:
             raise RowError("template_refused", f"the chat template says: {error}") from None
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            OverflowError,
+        ) as error:
             said = " ".join(str(error).split())[:200]
             raise RowError("template_refused", f"the chat template fails: {type(error).__name__}: {said}") from None
         except (MemoryError, RecursionError) as error:

@@ -142,7 +142,12 @@ class Encoder:
         self._bytes = text.token_bytes
         self._count = 0
         self._fast: Any = None
-        if fast and self._bytes is not None and importlib.util.find_spec("gigatoken") and importlib.util.find_spec("awkward"):
+        if (
+            fast
+            and self._bytes is not None
+            and importlib.util.find_spec("gigatoken")
+            and importlib.util.find_spec("awkward")
+        ):
             self._fast = _load_fast(text.folder / "tokenizer.json")
 
     @property
@@ -198,7 +203,9 @@ class Encoder:
             found[index] = _ranges_by_offsets(own.offsets, spans[index])
         return found
 
-    def _encode_with_offsets(self, texts: list[str], spans: list[list[Span]]) -> tuple[Encoded, list[npt.NDArray[np.uint32]]]:
+    def _encode_with_offsets(
+        self, texts: list[str], spans: list[list[Span]]
+    ) -> tuple[Encoded, list[npt.NDArray[np.uint32]]]:
         done = self._text.tokenizer.encode_batch(texts, add_special_tokens=False)
         ranges = [_ranges_by_offsets(each.offsets, own) for each, own in zip(done, spans, strict=True)]
         return _joined([each.ids for each in done]), ranges

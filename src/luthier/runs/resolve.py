@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def practice_folder() -> Path:
 
 
 def resolve_model(base: str, *, revision: str | None = None) -> Path:
-    """The folder of a model: `practice`, a folder, or a hub id, whose text files are fetched if they are not there yet."""
+    """The folder of a model: `practice`, a folder, or a hub id (its text files are fetched if need be)."""
     if base == PRACTICE:
         return _checked(practice_folder())
     path = Path(base).expanduser()
@@ -44,10 +45,8 @@ def _practice_hint() -> str:
 def _from_hub(name: str, revision: str | None) -> Path:
     hub = import_extra("huggingface_hub", "torch")
     arguments: dict[str, Any] = {"repo_id": name, "revision": revision, "allow_patterns": _TEXT_FILES}
-    try:
+    with suppress(Exception):  # not in the local cache yet, which the hub's client says in many ways
         return Path(hub.snapshot_download(**arguments, local_files_only=True))
-    except Exception:  # not in the local cache yet, which the hub's client says in many ways
-        pass
     try:
         return Path(hub.snapshot_download(**arguments))
     except Exception as error:  # no network, no such model, no right to it: the client's own words tell

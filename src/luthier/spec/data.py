@@ -18,7 +18,7 @@ class Data(Part):
     """Rows in, and exactly the tokens that will be trained out."""
 
     train: str | None = Field(None, min_length=1)
-    """Rows to train on: a jsonl, json, csv or parquet file (also .gz or .zst), a folder of them, or `hf:org/name[:config]:split`."""
+    """Rows to train on: a jsonl, json, csv or parquet file (also .gz, .zst), a folder, or `hf:org/name[:config]:split`."""
     valid: Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)] | str = 0.05
     """Rows held out for evaluation: a share (0.05), a count (500) or a file of their own; 0 holds out nothing."""
     format: FormatName = "auto"
@@ -34,8 +34,8 @@ class Data(Part):
     too_long: TooLong = "drop"
     """What happens to a longer example: `drop` it with a note, `truncate` its end, or stop with an `error`."""
     train_on: TrainOn = "assistant"
-    """Which turns are trained: every assistant turn, the last one, all that follow the last user turn (`completion`), or all tokens."""
+    """Trained turns: `assistant` (each), `last_assistant`, `completion` (all after the last user turn), or `all` tokens."""
     spans: SpanSource = "auto"
-    """Who says which tokens are an assistant turn: the full rendering (`auto`) or the template's generation `markers`."""
+    """Who says which tokens are an assistant turn: the full rendering (`auto`), or the template's `markers`."""
     unroll: bool = False
-    """Make one example of each assistant turn, so that thinking which the template drops from history is trained too."""
+    """Make one example of each assistant turn, so that thinking dropped from history by the template is trained too."""

@@ -18,7 +18,14 @@ from luthier.spec.lines import find_toml_lines, find_yaml_lines
 from luthier.spec.problems import Problem, list_problems, raise_problems
 from luthier.spec.run import RunSpec, find_contradictions
 
-PATH_KEYS = ("model.base", "model.chat_template", "data.train", "data.valid", "output.dir", "output.model_id_file")
+PATH_KEYS = (
+    "model.base",
+    "model.chat_template",
+    "data.train",
+    "data.valid",
+    "output.dir",
+    "output.model_id_file",
+)
 _SUFFIXES = {".toml": "toml", ".yaml": "yaml", ".yml": "yaml", ".json": "json"}
 MAX_SPEC_BYTES = 1 << 20
 
@@ -70,7 +77,9 @@ def load_spec(path: Path | None, overrides: list[Override] | None = None) -> Loa
     return _checked(draft, overrides or [])
 
 
-def load_spec_text(text: str, kind: str, *, name: str, base_dir: Path, overrides: list[Override] | None = None) -> LoadedSpec:
+def load_spec_text(
+    text: str, kind: str, *, name: str, base_dir: Path, overrides: list[Override] | None = None
+) -> LoadedSpec:
     """The same for text that does not lie in a file of its own; `kind` is toml, yaml or json."""
     return _checked(_parse_draft(text, kind, name, base_dir), overrides or [])
 
@@ -95,7 +104,10 @@ def _checked(draft: _Draft, overrides: list[Override]) -> LoadedSpec:
 def _read_draft(path: Path) -> _Draft:
     kind = _SUFFIXES.get(path.suffix.lower())
     if kind is None:
-        raise SpecError(f"{path}: not a run spec: found the ending `{path.suffix}`", hint="a spec is .toml, .yaml or .json")
+        raise SpecError(
+            f"{path}: not a run spec: found the ending `{path.suffix}`",
+            hint="a spec is .toml, .yaml or .json",
+        )
     if not path.is_file():
         raise MissingPathError(f"no spec at {path}", hint="`luthier recipes list` shows specs to copy", where=str(path))
     if path.stat().st_size > MAX_SPEC_BYTES:
@@ -202,7 +214,9 @@ def parse_setting(text: str) -> Override:
     path, equals, value = text.partition("=")
     path = path.strip()
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", path):
-        raise CallError(f"--set {text!r}: expected section.key=value", hint="for instance --set optim.learning_rate=2e-4")
+        raise CallError(
+            f"--set {text!r}: expected section.key=value", hint="for instance --set optim.learning_rate=2e-4"
+        )
     try:
         read = tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:

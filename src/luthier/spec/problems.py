@@ -62,7 +62,12 @@ def _problem(item: Any, raw: dict[str, Any], where: Callable[[str], str]) -> Pro
         return Problem(f"{dotted}.kind", f'`{dotted}.kind` is "{value}"; expected one of {kinds}', place, hint)
     if item["type"] == "union_tag_not_found":
         return Problem(f"{dotted}.kind", f"`{dotted}.kind` is missing", place, f"set `{dotted}.kind`")
-    return Problem(dotted, f"`{dotted}`: expected {_expected(item)}, found {item['input']!r}", place, _closest_value(item))
+    return Problem(
+        dotted,
+        f"`{dotted}`: expected {_expected(item)}, found {item['input']!r}",
+        place,
+        _closest_value(item),
+    )
 
 
 def _expected(item: Any) -> str:
@@ -85,7 +90,7 @@ def _expected(item: Any) -> str:
     words = {"greater_than_equal": "at least {ge}", "greater_than": "more than {gt}"}
     words |= {"less_than_equal": "at most {le}", "less_than": "less than {lt}"}
     if kind in words:
-        return words[kind].format(**context)
+        return str(words[kind].format(**context))
     return str(item["msg"]).lower()
 
 

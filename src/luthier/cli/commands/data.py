@@ -95,7 +95,14 @@ def _list_rejected(folder: Path, count: int) -> None:
 @click.option("--split", metavar="NAME", help="Split of a hub dataset.")
 @spec_flags("model", *DATA_FLAGS)
 def show(
-    file: str, count: int, row: int | None, page: str | None, split: str | None, settings: tuple[str, ...], as_json: bool, **flags: Any
+    file: str,
+    count: int,
+    row: int | None,
+    page: str | None,
+    split: str | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+    **flags: Any,
 ) -> int:
     """Show rows of FILE as the model will see them, the trained tokens coloured."""
     from luthier.data.rows import RowReader
@@ -200,7 +207,13 @@ def _bracketed(shown: ShownText) -> str:
 @click.option("--max-examples", type=click.IntRange(1), metavar="N", help="Write the first N good rows only.")
 @spec_flags("format", "max-rejected-share")
 def prepare(
-    source: str, out: str, split: str | None, max_examples: int | None, settings: tuple[str, ...], as_json: bool, **flags: Any
+    source: str,
+    out: str,
+    split: str | None,
+    max_examples: int | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+    **flags: Any,
 ) -> int:
     """Write SOURCE as canonical JSONL: chat rows, preference pairs or texts."""
     return _convert(source, "canonical", out, split, max_examples, settings, as_json, flags)
@@ -208,7 +221,13 @@ def prepare(
 
 @command.command("convert")
 @click.argument("file")
-@click.option("--to", "to", required=True, metavar="FORMAT", help="chat, alpaca, sharegpt, completion, text or preference.")
+@click.option(
+    "--to",
+    "to",
+    required=True,
+    metavar="FORMAT",
+    help="chat, alpaca, sharegpt, completion, text or preference.",
+)
 @click.option("-o", "--out", required=True, metavar="OUT.jsonl", help="File to write; `-` is standard output.")
 @click.option("--split", metavar="NAME", help="Split of a hub dataset.")
 @spec_flags("format", "max-rejected-share")
@@ -223,7 +242,14 @@ def convert(
 
 
 def _convert(
-    file: str, to: str, out: str, split: str | None, limit: int | None, settings: tuple[str, ...], as_json: bool, flags: dict[str, Any]
+    file: str,
+    to: str,
+    out: str,
+    split: str | None,
+    limit: int | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+    flags: dict[str, Any],
 ) -> int:
     from luthier.data.files import convert_rows
     from luthier.data.rows import RowReader
@@ -282,11 +308,20 @@ def split_command(
         raise CallError("--max-length counts tokens, and no model says what a token is", hint="give --model MODEL")
     spec = _spec_of(file, flags, settings)
     if isinstance(spec.data.valid, str):
-        raise CallError("--valid names a file; a split needs a share or a count", hint="for instance --valid 500 or --valid 0.05")
-    train, valid = (Path(out) / "train.jsonl", Path(out) / "valid.jsonl") if out else (Path(str(train_out)), Path(str(valid_out)))
+        raise CallError(
+            "--valid names a file; a split needs a share or a count",
+            hint="for instance --valid 500 or --valid 0.05",
+        )
+    train, valid = (
+        (Path(out) / "train.jsonl", Path(out) / "valid.jsonl") if out else (Path(str(train_out)), Path(str(valid_out)))
+    )
     with progress_bar("reading rows", quiet=as_json) as progress:
         prepared = prepare_data(
-            spec, with_model=bool(flags["flag_model"]), any_kind=flags["flag_objective"] is None, split=split, progress=progress
+            spec,
+            with_model=bool(flags["flag_model"]),
+            any_kind=flags["flag_objective"] is None,
+            split=split,
+            progress=progress,
         )
     with open_source(file, split=split) as source:
         part_rows(source, prepared, train, valid)

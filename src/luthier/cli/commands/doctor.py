@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -17,7 +18,18 @@ from luthier.cli.output import Command, print_json, print_table, say
 from luthier.extras import EXTRAS
 
 _KEYS = ("HF_TOKEN", "OPENAI_API_KEY", "TINKER_API_KEY", "SYNTH_API_KEY", "WANDB_API_KEY")
-_SHOWN = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "peft", "trl", "mlx", "tinker", "ray")
+_SHOWN = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "bitsandbytes",
+    "peft",
+    "trl",
+    "mlx",
+    "tinker",
+    "ray",
+)
 
 
 @click.command("doctor", cls=Command)
@@ -25,53 +37,66 @@ def command(as_json: bool) -> int:
     """Print versions, devices, extras, keys (never their values), disk, and the next command."""
     from luthier.runs.home import luthier_home
 
-    versions = {name: _version(name) for name in _SHOWN}
-    extras = {extra: all(_version(package) for package in packages) for extra, packages in EXTRAS.items()}
-    conflicts = _conflicts()
     home = luthier_home()
-    found = {
-        "luthier": luthier.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
-        "devices": _devices(),
-        "packages": versions,
-        "extras": extras,
-        "keys_present": [name for name in _KEYS if os.environ.get(name)],
-        "home": str(home),
-        "disk_free_bytes": shutil.disk_usage(_existing(home)).free,
-        "conflicts": conflicts,
-        "next": _next_command(extras, conflicts),
-    }
+    found = Diagnosis(
+        luthier=luthier.__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=_memory_bytes(),
+        devices=_devices(),
+        packages={name: _version(name) for name in _SHOWN},
+        extras={extra: all(_version(package) for package in packages) for extra, packages in EXTRAS.items()},
+        keys_present=[name for name in _KEYS if os.environ.get(name)],
+        home=str(home),
+        disk_free_bytes=shutil.disk_usage(_existing(home)).free,
+        conflicts=_conflicts(),
+    )
     if as_json:
-        print_json(found)
+        print_json({**asdict(found), "next": _next_command(found)})
     else:
         _print(found)
-    return 1 if conflicts else 0
+    return 1 if found.conflicts else 0
 
 
-def _print(found: dict[str, object]) -> None:
-    say(f"luthier {found['luthier']}, Python {found['python']}, {found['platform']}")
-    packages, extras = found["packages"], found["extras"]
-    assert isinstance(packages, dict)
-    assert isinstance(extras, dict)
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found on this machine."""
+
+    luthier: str
+    python: str
+    platform: str
+    cores: int
+    memory_bytes: int
+    devices: list[str]
+    packages: dict[str, str]
+    extras: dict[str, bool]
+    keys_present: list[str]
+    home: str
+    disk_free_bytes: int
+    conflicts: list[str]
+
+
+def _print(found: Diagnosis) -> None:
     gib = 1 << 30
+    say(f"luthier {found.luthier}, Python {found.python}, {found.platform}")
     rows = [
-        ("cores", str(found["cores"])),
-        ("memory", f"{int(str(found['memory_bytes'])) / gib:.1f} GiB"),
-        ("devices", ", ".join(found["devices"]) if isinstance(found["devices"], list) else ""),
-        ("home", f"{found['home']} ({int(str(found['disk_free_bytes'])) / gib:.1f} GiB free)"),
-        ("keys", ", ".join(map(str, found["keys_present"])) if isinstance(found["keys_present"], list) else ""),
+        ("cores", str(found.cores)),
+        ("memory", f"{found.memory_bytes / gib:.1f} GiB"),
+        ("devices", ", ".join(found.devices)),
+        ("home", f"{found.home} ({found.disk_free_bytes / gib:.1f} GiB free)"),
+        ("keys", ", ".join(found.keys_present) or "none"),
     ]
-    print_table([(name, text or "none") for name, text in rows])
+    print_table(rows)
     say("packages")
-    print_table([(name, version or "not installed") for name, version in packages.items()])
+    print_table([(name, version or "not installed") for name, version in found.packages.items()])
     say("extras")
-    print_table([(name, "installed" if there else f"pip install 'luthier[{name}]'") for name, there in extras.items()])
-    for conflict in found["conflicts"] if isinstance(found["conflicts"], list) else []:
+    print_table(
+        [(name, "installed" if there else f"pip install 'luthier[{name}]'") for name, there in found.extras.items()]
+    )
+    for conflict in found.conflicts:
         say(f"conflict: {conflict}")
-    say(f"next: {found['next']}")
+    say(f"next: {_next_command(found)}")
 
 
 def _version(package: str) -> str:
@@ -122,9 +147,9 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _next_command(extras: dict[str, bool], conflicts: list[str]) -> str:
-    if conflicts:
-        return conflicts[0].rpartition("run: ")[2]
-    if not extras["fast"]:
+def _next_command(found: Diagnosis) -> str:
+    if found.conflicts:
+        return found.conflicts[0].rpartition("run: ")[2]
+    if not found.extras["fast"]:
         return "pip install 'luthier[fast]' (reads data several times faster)"
     return "luthier data check FILE --model practice"

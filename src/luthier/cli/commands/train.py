@@ -38,7 +38,7 @@ def command(spec: str | None, dry_run: bool, settings: tuple[str, ...], as_json:
         print_data_report(prepared.summary)
     if not dry_run:
         raise UnsupportedError(
-            f"engine `{loaded.spec.engine.kind}` cannot train yet in this version; the data is ready at {prepared.folder}",
+            f"engine `{loaded.spec.engine.kind}` cannot train yet in this version; the data lies at {prepared.folder}",
             hint="the data and mask proofs hold; training comes with the next version (`--dry-run` stops here)",
         )
 
@@ -49,7 +49,10 @@ def _ask_for_data() -> Override:
     from luthier.spec.load import Override
 
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise SpecError("no training data: `data.train` is not set", hint="give --data FILE, or set data.train in the spec")
+        raise SpecError(
+            "no training data: `data.train` is not set",
+            hint="give --data FILE, or set data.train in the spec",
+        )
     answer = click.prompt("Training data (a file, a folder or hf:org/name:split)", err=True)
     return Override("data.train", answer, "answer")
 

@@ -30,10 +30,7 @@ class Format(Protocol):
 
 
 # In this order: a preference pair may carry `messages` or `prompt` too.
-FORMATS: dict[str, Format] = {
-    module.NAME: module  # type: ignore[misc]
-    for module in (preference, chat, sharegpt, alpaca, completion, text)
-}
+FORMATS: dict[str, Format] = {module.NAME: module for module in (preference, chat, sharegpt, alpaca, completion, text)}
 
 
 def find_format(row: dict[str, Any]) -> Format:

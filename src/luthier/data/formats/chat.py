@@ -64,7 +64,10 @@ def _read_extras(raw: dict[str, Any], message: Message, number: int) -> None:
             message[key] = value
     if (weight := raw.get("weight")) is not None:
         if message["role"] != "assistant" or isinstance(weight, bool) or weight not in (0, 1):
-            raise RowError("bad_weight", f"message {number} ({message['role']}) has weight {weight!r}; only 0 or 1 on assistant turns")
+            raise RowError(
+                "bad_weight",
+                f"message {number} ({message['role']}) has weight {weight!r}; only 0 or 1 on assistant turns",
+            )
         if weight == 0:
             message["weight"] = 0
     if calls := raw.get("tool_calls"):

@@ -55,7 +55,9 @@ def _read_turn(turn: Any, number: int) -> Message:
         raise refuse_role(name, number, tuple(_ROLES))
     if name == "function_call":
         return {"role": "assistant", "content": None, "tool_calls": _read_calls(turn.get(said))}
-    extras = {key: turn[key] for key in ("tool_calls", "tool_call_id", "name", "weight", "reasoning_content") if key in turn}
+    extras = {
+        key: turn[key] for key in ("tool_calls", "tool_call_id", "name", "weight", "reasoning_content") if key in turn
+    }
     return {"role": _ROLES[name], "content": turn.get(said), **extras}
 
 

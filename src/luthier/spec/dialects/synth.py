@@ -11,8 +11,21 @@ from typing import Any
 from luthier.errors import SpecError
 
 _TABLES = {"algorithm", "job", "compute", "data", "training", "hyperparameters", "tags", "model"}
-_KIND_OF_TRAINING = {"fft": "full", "full": "full", "peft": "lora", "lora": "lora", "qlora": "qlora", "sft": "full"}
-_METRICS = {"val.loss": "loss", "val_loss": "loss", "loss": "loss", "eval_loss": "loss", "val.perplexity": "perplexity"}
+_KIND_OF_TRAINING = {
+    "fft": "full",
+    "full": "full",
+    "peft": "lora",
+    "lora": "lora",
+    "qlora": "qlora",
+    "sft": "full",
+}
+_METRICS = {
+    "val.loss": "loss",
+    "val_loss": "loss",
+    "loss": "loss",
+    "eval_loss": "loss",
+    "val.perplexity": "perplexity",
+}
 _NOTES = {
     "algorithm.type": "offline training is what Luthier does",
     "algorithm.method": "supervised fine-tuning is the objective",
