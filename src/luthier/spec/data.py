@@ -18,7 +18,7 @@ class Data(Part):
     """Rows in, and exactly the tokens that will be trained out."""
 
     train: str | None = Field(None, min_length=1)
-    """Rows to train on: a jsonl, json, csv or parquet file (also .gz, .zst), a folder, or `hf:org/name[:config]:split`."""
+    """Rows to train on: a jsonl, json, csv or parquet file (or .gz, .zst), a folder, `hf:org/name[:config]:split`."""
     valid: Annotated[float, Field(ge=0, lt=1)] | Annotated[int, Field(ge=0)] | str = 0.05
     """Rows held out for evaluation: a share (0.05), a count (500) or a file of their own; 0 holds out nothing."""
     format: FormatName = "auto"
@@ -34,7 +34,7 @@ class Data(Part):
     too_long: TooLong = "drop"
     """What happens to a longer example: `drop` it with a note, `truncate` its end, or stop with an `error`."""
     train_on: TrainOn = "assistant"
-    """Trained turns: `assistant` (each), `last_assistant`, `completion` (all after the last user turn), or `all` tokens."""
+    """Trained: every `assistant` turn, the `last_assistant` one, the `completion` of the last user turn, or `all` tokens."""
     spans: SpanSource = "auto"
     """Who says which tokens are an assistant turn: the full rendering (`auto`), or the template's `markers`."""
     unroll: bool = False

@@ -86,11 +86,11 @@ def _expected(item: Any) -> str:
     if kind in named:
         return named[kind]
     if kind == "literal_error":
-        return "one of " + context["expected"].replace("'", '"')
+        return "one of " + str(context["expected"]).replace("'", '"')
     words = {"greater_than_equal": "at least {ge}", "greater_than": "more than {gt}"}
     words |= {"less_than_equal": "at most {le}", "less_than": "less than {lt}"}
     if kind in words:
-        return str(words[kind].format(**context))
+        return words[kind].format(**context)
     return str(item["msg"]).lower()
 
 

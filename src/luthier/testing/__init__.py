@@ -1,1 +1,1 @@
-"""What tests of Luthier and of programs built on it need: the practice model, made by us and shipped."""
+"""Models and data for practice and tests, small enough to ship."""
