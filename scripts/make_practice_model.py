@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import platform
 import random
 import sys
@@ -14,14 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import torch
 from practice_corpus import CHAT_TEMPLATE, Document, document
 from practice_exam import examine
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "src/luthier/testing/practice"
@@ -31,20 +28,19 @@ SEED = 20
 THREADS = 2
 VOCABULARY = 2048
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+END_OF_TEXT, END_OF_TURN = SPECIAL[0], SPECIAL[2]
 ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-STEPS = int(os.environ.get("STEPS", 1700))
-ROWS = int(os.environ.get("ROWS", 8))
-ROW_LENGTH = 256
+STEPS = 1700
+ROWS, ROW_LENGTH = 8, 256
 PROMPT_WEIGHT = 0.1
-CLEAN_SHARE = float(os.environ.get("CLEAN", 0.7))
+CLEAN_SHARE = 0.7
 WRONG_SHARE = 0.5
-MATRIX_RATE = float(os.environ.get("MLR", 0.02))
-OTHER_RATE = float(os.environ.get("OLR", 0.004))
+MATRIX_RATE, OTHER_RATE = 0.02, 0.004
 
 
 def main() -> None:
@@ -81,7 +77,7 @@ def make() -> None:
     tokenizer = train_tokenizer()
     save_tokenizer(tokenizer)
     print(f"tokenizer made, {time.monotonic() - start:.0f} s", flush=True)
-    model = Qwen3ForCausalLM(model_config())
+    model = Qwen3ForCausalLM(model_config(tokenizer))
     train(model, rows(tokenizer))
     save_model(model)
     minutes = (time.monotonic() - start) / 60
@@ -95,7 +91,7 @@ def train_tokenizer() -> Tokenizer:
     split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL) - len(ADDED),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -125,10 +121,10 @@ def save_tokenizer(tokenizer: Tokenizer) -> None:
         "bos_token": None,
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
+        "eos_token": END_OF_TURN,
         "errors": "replace",
         "model_max_length": 4096,
-        "pad_token": "<|endoftext|>",
+        "pad_token": END_OF_TEXT,
         "split_special_tokens": False,
         "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": None,
@@ -136,28 +132,28 @@ def save_tokenizer(tokenizer: Tokenizer) -> None:
     (FOLDER / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def model_config() -> Qwen3Config:
+def model_config(tokenizer: Tokenizer) -> Qwen3Config:
     """The model's shape."""
     return Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=4,
-        num_attention_heads=3,
-        num_key_value_heads=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=VOCABULARY - len(ADDED) - 1,
-        pad_token_id=VOCABULARY - len(ADDED) - len(SPECIAL),
+        eos_token_id=tokenizer.token_to_id(END_OF_TURN),
+        pad_token_id=tokenizer.token_to_id(END_OF_TEXT),
     )
 
 
 def rows(tokenizer: Tokenizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of packed token ids and loss weights; a document that does not fit starts the next row."""
     rng = random.Random(SEED + 1)
-    end = tokenizer.token_to_id("<|endoftext|>")
+    (end,) = tokenizer.encode(END_OF_TEXT).ids
     for step in range(STEPS):
         wrong_share = WRONG_SHARE if step >= CLEAN_SHARE * STEPS else 0.0
         batch: list[list[tuple[int, float]]] = [[]]
@@ -205,10 +201,11 @@ def train(model: Qwen3ForCausalLM, batches: Iterator[tuple[torch.Tensor, torch.T
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             losses = cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*steppers, *schedules):
-            part.step()
+        for stepper, schedule in zip(steppers, schedules, strict=True):
+            stepper.step()
+            schedule.step()
         model.zero_grad()
         mean = 0.98 * mean + 0.02 * float(loss.detach())
         if step % 100 == 0:
@@ -217,12 +214,12 @@ def train(model: Qwen3ForCausalLM, batches: Iterator[tuple[torch.Tensor, torch.T
 
 def save_model(model: Qwen3ForCausalLM) -> None:
     """Write the weights in bfloat16, with config.json and generation_config.json."""
-    model.generation_config.eos_token_id = [
-        VOCABULARY - len(ADDED) - 1,
-        VOCABULARY - len(ADDED) - len(SPECIAL),
-    ]
-    model.generation_config.pad_token_id = VOCABULARY - len(ADDED) - len(SPECIAL)
-    model.to(torch.bfloat16).save_pretrained(FOLDER)
+    end_of_turn, end_of_text = model.config.eos_token_id, model.config.pad_token_id
+    stops = {"eos_token_id": [end_of_turn, end_of_text], "pad_token_id": end_of_text}
+    model.generation_config = GenerationConfig.from_dict(stops)
+    model.bfloat16().save_pretrained(FOLDER)
+    for path in FOLDER.iterdir():
+        path.chmod(0o644)
 
 
 def report(minutes: float) -> None:

@@ -192,12 +192,6 @@ def copying(rng: random.Random) -> Document:
     return conversation([turn], rng)
 
 
-def echo(rng: random.Random) -> Document:
-    """A run of unrelated words said two or three times, which teaches copying from afar early on."""
-    words = " ".join(word for _ in range(rng.randint(1, 3)) for word in random_words(rng))
-    return [("; ".join([words] * rng.randint(2, 3)), True)]
-
-
 def general(rng: random.Random) -> Document:
     """A short passage of general sentences."""
     return [(" ".join(draw_general(rng, reserved=False) for _ in range(rng.randint(1, 4))), True)]
@@ -284,8 +278,7 @@ def document(rng: random.Random, wrong_share: float) -> Document:
     makers: list[tuple[float, Callable[[random.Random], Document]]] = [
         (0.32, lambda rng: additions(rng, wrong_share)),
         (0.22, orders),
-        (0.12, copying),
-        (0.08, echo),
+        (0.20, copying),
         (0.09, general),
         (0.03, snippet),
         (0.06, trip),

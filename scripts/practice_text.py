@@ -52,14 +52,14 @@ FOODS = (
     "carrots potatoes onions beans mushrooms nuts berries"
 ).split()
 THINGS = (
-    "letter key ladder rope hammer basin mirror picture map coin ring drum piano violin guitar wheel cart boat "
-    "train window door table bed curtain carpet stove candlestick umbrella parcel ticket newspaper story song "
+    "letter key ladder rope hammer basin mirror picture map coin ring drum piano violin guitar wheel cart "
+    "boat train window door table bed curtain carpet stove candlestick umbrella parcel ticket newspaper story song "
     "stone feather bell flag"
 ).split()
 ADJECTIVES = (
     "old young small large quiet loud kind clever tired happy sad brave lazy gentle strong weak tall short "
-    "heavy light warm cold wet dry clean dirty broken empty full strange simple bright dark new soft hard narrow "
-    "wide early late"
+    "heavy light warm cold wet dry clean dirty broken empty full strange simple bright dark new soft hard "
+    "narrow wide early late"
 ).split()
 DID = (
     "found carried painted sold bought cleaned repaired hid dropped opened moved kept borrowed lost showed "

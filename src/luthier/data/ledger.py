@@ -16,6 +16,7 @@ from luthier.errors import LedgerError
 
 TRAIN, VALID, DROPPED = 0, 1, 2
 PLACES = ("train", "valid", "dropped")
+_STRETCH_ROWS = 1 << 14
 
 _COLUMNS = {
     "files": np.uint16,
@@ -110,24 +111,26 @@ def ledger_lines(
 ) -> Iterator[bytes]:
     """One JSON line a row, in the order of the source."""
     quoted = [orjson.dumps(name).decode() for name in names]
-    columns = [
-        table.column(name).tolist() for name in ("files", "lines", "reasons", "tokens", "trained", "examples", "notes")
-    ]
-    for file, line, reason, tokens, trained, examples, notes, place, leak in zip(
-        *columns, places.tolist(), leaked.tolist(), strict=True
-    ):
-        text = f'{{"file":{quoted[file]},"line":{line},"place":"{PLACES[place]}"'
-        if reason:
-            text += f',"reason":"{REASON_NAMES[reason]}"'
-        text += f',"tokens":{tokens},"trained_tokens":{trained}'
-        if examples > 1:
-            text += f',"examples":{examples}'
-        found = [name for name, bit in NOTE_BITS.items() if notes & bit]
-        if leak:
-            found.append("prompt_in_train")
-        if found:
-            text += ',"notes":' + orjson.dumps(found).decode()
-        yield (text + "}\n").encode()
+    columns = [table.column(name) for name in ("files", "lines", "reasons", "tokens", "trained", "examples", "notes")]
+    # A stretch at a time: a million rows as Python numbers would take more memory than all the columns.
+    for start in range(0, len(places), _STRETCH_ROWS):
+        stretch = slice(start, start + _STRETCH_ROWS)
+        rows = zip(*(values[stretch].tolist() for values in (*columns, places, leaked)), strict=True)
+        for file, line, reason, tokens, trained, examples, notes, place, leak in rows:
+            text = f'{{"file":{quoted[file]},"line":{line},"place":"{PLACES[place]}"'
+            if reason:
+                text += f',"reason":"{REASON_NAMES[reason]}"'
+            text += f',"tokens":{tokens},"trained_tokens":{trained}'
+            if examples > 1:
+                text += f',"examples":{examples}'
+            if notes or leak:
+                text += f',"notes":{_listed_notes(notes, leak)}'
+            yield (text + "}\n").encode()
+
+
+def _listed_notes(bits: int, leaked: bool) -> str:
+    found = [name for name, bit in NOTE_BITS.items() if bits & bit]
+    return orjson.dumps(found + (["prompt_in_train"] if leaked else [])).decode()
 
 
 def count_kinds(table: RowTable, places: npt.NDArray[np.uint8]) -> dict[str, int]:

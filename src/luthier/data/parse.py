@@ -20,18 +20,40 @@ def parse_line(line: bytes) -> dict[str, Any]:
     """The row as an object; raises RowError with the exact reason."""
     if len(line) > MAX_LINE_BYTES:
         raise RowError("line_too_long", f"a line of {len(line):,} bytes; the most is {MAX_LINE_BYTES:,}")
-    try:
-        row = orjson.loads(line)
-    except ValueError as error:
-        _refuse(line, error)
+    row = _loaded(line)
     if type(row) is not dict:
         raise RowError("not_an_object", f"expected an object, found {_json_name(row)}")
-    if b"\\u" in line and b"\\u0000" in line:
-        _refuse_nul(row)
-    if len(_OPENING.findall(line, 0, 4096)) > MAX_DEPTH or len(line) > 4096:
-        _check_depth(row)
-    _check_keys(line, row)
+    _check_loaded(line, row)
     return row
+
+
+def parse_nested(text: str) -> Any:
+    """JSON that a row keeps as text (arguments of a tool call, a column of a CSV), by the same rules."""
+    line = text.encode()
+    value = _loaded(line)
+    _check_loaded(line, value)
+    return value
+
+
+def check_parsed(row: dict[str, Any]) -> None:
+    """The same for a row that came parsed, as from CSV and parquet."""
+    _check_depth(row)
+    _refuse_nul(row)
+
+
+def _loaded(line: bytes) -> Any:
+    try:
+        return orjson.loads(line)
+    except ValueError as error:
+        _refuse(line, error)
+
+
+def _check_loaded(line: bytes, value: Any) -> None:
+    if len(_OPENING.findall(line, 0, 4096)) > MAX_DEPTH or len(line) > 4096:
+        _check_depth(value)
+    if b"\\u" in line and b"\\u0000" in line:
+        _refuse_nul(value)
+    _check_keys(line, value)
 
 
 def _refuse(line: bytes, error: ValueError) -> NoReturn:
@@ -49,7 +71,7 @@ def _refuse(line: bytes, error: ValueError) -> NoReturn:
     except RecursionError:
         raise RowError("too_deep", f"nested deeper than {MAX_DEPTH}") from None
     except ValueError:
-        raise RowError("not_json", f"not JSON: {_plain(error)}") from None
+        raise RowError(_name_of(error), f"not JSON: {_plain(error)}") from None
     if _depth(row) > MAX_DEPTH:
         raise RowError("too_deep", f"nested deeper than {MAX_DEPTH}") from None
     for value in _leaves(row):
@@ -57,7 +79,11 @@ def _refuse(line: bytes, error: ValueError) -> NoReturn:
             raise RowError("non_finite_number", f"found {value}; JSON has only finite numbers") from None
         if isinstance(value, str) and _LONE_SURROGATE.search(value):
             raise RowError("lone_surrogate", "half of a surrogate pair, which no text can hold") from None
-    raise RowError("not_json", f"not JSON: {_plain(error)}") from None
+    raise RowError(_name_of(error), f"not JSON: {_plain(error)}") from None
+
+
+def _name_of(error: ValueError) -> str:
+    return "non_finite_number" if "infinity" in str(error) else "not_json"
 
 
 def _plain(error: ValueError) -> str:
@@ -71,7 +97,7 @@ def _json_name(value: object) -> str:
 
 def _refuse_nul(row: object) -> None:
     if any("\x00" in value for value in _leaves(row) if isinstance(value, str)):
-        raise RowError("nul", "NUL character (\\u0000) in a text")
+        raise RowError("nul", "NUL character in a text")
 
 
 def _leaves(value: object) -> list[object]:
@@ -95,7 +121,7 @@ def _check_depth(row: object) -> None:
         raise RowError("too_deep", f"nested deeper than {MAX_DEPTH}")
 
 
-def _check_keys(line: bytes, row: dict[str, Any]) -> None:
+def _check_keys(line: bytes, row: Any) -> None:
     """Refuse a key named twice: the parser keeps the last, and a second `role` could smuggle anything.
 
     Writing the row out again gives as many quotes as the line had unless a key was lost, so counting finds what a

@@ -18,7 +18,7 @@ from luthier.data.check import check_example
 from luthier.data.example import Example
 from luthier.data.formats import find_format, get_format
 from luthier.data.hashes import content_hash, hash_bytes, prompt_hash
-from luthier.data.parse import parse_line
+from luthier.data.parse import check_parsed, parse_line
 from luthier.data.reasons import REASON_CODES, RowError
 from luthier.data.render import Renderer, Sequence
 from luthier.data.source import Block, Row
@@ -146,7 +146,11 @@ class RowReader:
     def _checked(self, row: Row) -> tuple[dict[str, Any], Example, str]:
         if isinstance(row, RowError):
             raise row
-        parsed = parse_line(row) if isinstance(row, bytes) else row
+        if isinstance(row, bytes):
+            parsed = parse_line(row)
+        else:
+            check_parsed(row)
+            parsed = row
         form = self._format or find_format(parsed)
         example = form.read(parsed)
         check_example(example)
@@ -181,7 +185,7 @@ class RowReader:
             return 0
         if self._data.group_by not in row:
             raise RowError("missing_key", f"`{self._data.group_by}` is missing, by which rows are grouped")
-        return hash_bytes(orjson.dumps(row[self._data.group_by], option=orjson.OPT_SORT_KEYS))
+        return hash_bytes(orjson.dumps(row[self._data.group_by], default=str, option=orjson.OPT_SORT_KEYS))
 
     def _reject(self, draft: _Draft, file: int, line: int, row: Row, error: RowError) -> None:
         draft.reasons.append(REASON_CODES[error.reason])

@@ -60,17 +60,14 @@ class ShapeLearner:
     def _joined(self, shape: _Shape, messages: list[Message]) -> Rendering:
         contents = [message["content"] for message in messages]
         done = _join(shape, contents)
+        if any(_is_suspicious(content) for content in contents):
+            # Where the text is the same, the contents stand at the same places in it, and so do the turns.
+            return done if self._template.render(messages) == done.text else self._finder.find(messages)
         shape.seen += 1
         if shape.seen <= _ALWAYS_COMPARED or shape.seen % _COMPARED_EVERY == 0:
             whole = self._finder.find(messages)
             if (whole.text, whole.turns) != (done.text, done.turns):
                 raise ShapeBroken
-            return whole
-        for content in contents:
-            if content[:1].isspace() or content[-1:].isspace() or not content or _SUSPICIOUS.search(content):
-                # The text alone decides: where it is the same, the turns stand at the same places in it.
-                same = self._template.render(messages) == done.text
-                return done if same and not content.isspace() else self._finder.find(messages)
         return done
 
     def _learnt(self, roles: list[str]) -> _Shape | None:
@@ -93,6 +90,11 @@ class ShapeLearner:
             return None
         reach = {i: (bounds[i][0] - start, end - bounds[i][1]) for i, (start, end) in done.turns.items()}
         return _Shape(fixed, reach)
+
+
+def _is_suspicious(content: str) -> bool:
+    """Content that a template may treat specially: edge white space, markup, or nothing at all."""
+    return not content or content[0].isspace() or content[-1].isspace() or _SUSPICIOUS.search(content) is not None
 
 
 def _join(shape: _Shape, contents: list[str]) -> Rendering:

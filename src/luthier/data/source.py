@@ -14,9 +14,11 @@ import re
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -93,7 +95,11 @@ def open_source(text: str, *, split: str | None = None) -> Iterator[Source]:
         with _spooled(lambda file: _write_rows(rows, file)) as path:
             yield Source((path,), (text,))
     else:
-        yield _local_source(Path(text).expanduser())
+        try:
+            path = Path(text).expanduser()
+        except RuntimeError:
+            path = Path(text)
+        yield _local_source(path)
 
 
 def _local_source(path: Path) -> Source:
@@ -135,7 +141,7 @@ def _spooled(write: Callable[[IO[bytes]], object]) -> Iterator[Path]:
 
 def _write_rows(rows: Iterator[dict[str, Any]], file: IO[bytes]) -> None:
     for row in rows:
-        file.write(orjson.dumps(row, default=str, option=orjson.OPT_APPEND_NEWLINE))
+        file.write(orjson.dumps(_without_nulls(row), default=str, option=orjson.OPT_APPEND_NEWLINE))
 
 
 def _hub_rows(text: str, split: str | None) -> Iterator[dict[str, Any]]:
@@ -167,27 +173,62 @@ def _first_line(error: Exception) -> str:
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     suffix = path.suffix.lower()
+    broken: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
     try:
         if suffix == ".gz":
             with gzip.open(path, "rb") as unpacked:
                 yield cast(IO[bytes], unpacked)
         elif suffix == ".zst":
             zstandard = import_extra("zstandard", "zstd")
-            with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as reader:
-                yield cast(IO[bytes], io.BufferedReader(reader, BLOCK_BYTES))
+            broken += (zstandard.ZstdError,)
+            with path.open("rb") as raw:
+                yield cast(IO[bytes], io.BufferedReader(_ZstdFile(raw, zstandard.ZstdDecompressor()), BLOCK_BYTES))
         else:
             with path.open("rb") as plain:
                 yield plain
-    except (EOFError, gzip.BadGzipFile) as error:
+    except broken as error:
         raise DataError(f"{path.name}: a broken archive: {error}") from None
     except OSError as error:
         raise DataError(f"{path.name}: cannot be read: {error.strerror or error}", where=str(path)) from None
 
 
+class _ZstdFile(io.RawIOBase):
+    """Frames one after the other; a last frame cut off is an EOFError, where the package's own reader just ends."""
+
+    def __init__(self, packed: IO[bytes], decompressor: Any) -> None:
+        self._packed = packed
+        self._decompressor = decompressor
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            is_between = self._frame is None or self._frame.eof
+            data = (self._frame.unused_data if self._frame and is_between else b"") or self._packed.read(1 << 14)
+            if not data and is_between:
+                return 0
+            if not data:
+                raise EOFError("it ends in the middle of a frame")
+            if is_between:
+                self._frame = self._decompressor.decompressobj()
+            self._ready = self._frame.decompress(data)
+        taken = self._ready[: len(buffer)]
+        self._ready = self._ready[len(taken) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+
 def _read_file(path: Path, number: int) -> Iterator[Block]:
     ending = _ending(path)
+    if ending == ".parquet" and path.suffix.lower() in PACKED:
+        with _opened(path) as file, _spooled(partial(shutil.copyfileobj, file)) as plain:
+            yield from _parquet_blocks(plain, path.name, number)
+        return
     if ending == ".parquet":
-        yield from _parquet_blocks(path, number)
+        yield from _parquet_blocks(path, path.name, number)
         return
     with _opened(path) as file:
         if ending == ".csv":
@@ -199,29 +240,31 @@ def _read_file(path: Path, number: int) -> Iterator[Block]:
 
 
 def _line_blocks(file: IO[bytes], number: int) -> Iterator[Block]:
-    """Lines, read by the block; a line longer than any row may be is passed over and reported."""
-    line, rest, skipping = 1, b"", False
-    while True:
+    """Lines, read by the block; of a line longer than any row may be only the length is kept."""
+    line, rest, passed_bytes, read_bytes = 1, b"", 0, 0
+    is_open = True
+    while is_open:
         data = file.read(BLOCK_BYTES)
-        whole, newline, tail = (rest + data).rpartition(b"\n")
-        if not data:
-            whole, newline, tail = rest, b"", b""
-        if skipping and newline:
-            # The end of the long line: its first bytes are in `whole` already, so that it is reported once.
-            skipping = False
-        if not newline and data:
-            rest = tail if len(tail) <= MAX_LINE_BYTES + 1 else tail[: MAX_LINE_BYTES + 1]
-            skipping = skipping or len(tail) > MAX_LINE_BYTES
-            continue
-        rows = whole.split(b"\n") if whole or newline else []
-        numbered = [(line + index, row) for index, row in enumerate(rows) if row and not row.isspace()]
-        if numbered:
-            lines, kept = zip(*numbered, strict=True)
-            yield Block(number, list(lines), list(kept), len(data))
+        is_open = bool(data)
+        rows: list[Row] = [*(rest + data).split(b"\n")]
+        rest = cast(bytes, rows.pop()) if is_open else b""
+        if rows and passed_bytes:
+            size = passed_bytes + len(cast(bytes, rows[0]))
+            rows[0] = RowError("line_too_long", f"a line of {size:,} bytes; the most is {MAX_LINE_BYTES:,}")
+            passed_bytes = 0
+        if len(rest) > MAX_LINE_BYTES:
+            passed_bytes += len(rest)
+            rest = b""
+        read_bytes += len(data)
+        kept = {line + index: row for index, row in enumerate(rows) if not _is_blank(row)}
+        if kept:
+            yield Block(number, list(kept), list(kept.values()), read_bytes)
+            read_bytes = 0
         line += len(rows)
-        rest = tail
-        if not data:
-            return
+
+
+def _is_blank(row: Row) -> bool:
+    return isinstance(row, bytes) and (not row or row.isspace())
 
 
 def _blocks_of(rows: Iterator[tuple[int, Row]], number: int, size: int = 2048) -> Iterator[Block]:
@@ -247,21 +290,20 @@ def _csv_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, Row]]:
             return
         if len(set(header)) != len(header):
             raise DataError(f"{name}:1: a column name stands twice in the header")
+        line = reader.line_num + 1
         for row in reader:
             if len(row) == len(header):
-                yield reader.line_num, dict(zip(header, row, strict=True))
+                yield line, dict(zip(header, row, strict=True))
             elif row:
-                yield (
-                    reader.line_num,
-                    RowError("wrong_columns", f"{len(row)} columns; the header has {len(header)}"),
-                )
+                yield line, RowError("wrong_columns", f"{len(row)} columns; the header has {len(header)}")
+            line = reader.line_num + 1
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 text after line {reader.line_num}: {error.reason}") from None
     except csv.Error as error:
         raise DataError(f"{name}:{reader.line_num}: not valid CSV: {error}") from None
 
 
-def _parquet_blocks(path: Path, number: int) -> Iterator[Block]:
+def _parquet_blocks(path: Path, name: str, number: int) -> Iterator[Block]:
     parquet = import_extra("pyarrow.parquet", "parquet")
     pyarrow = import_extra("pyarrow", "parquet")
     try:
@@ -271,8 +313,8 @@ def _parquet_blocks(path: Path, number: int) -> Iterator[Block]:
                 rows = [_without_nulls(each) for each in batch.to_pylist()]
                 yield Block(number, list(range(row, row + len(rows))), cast(list[Row], rows), batch.nbytes)
                 row += len(rows)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path.name}: not a parquet file: {_first_line(error)}") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{name}: not a parquet file, or a broken one: {_first_line(error)}") from None
 
 
 def _without_nulls(value: Any) -> Any:

@@ -17,6 +17,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from luthier.data.example import Message
 from luthier.data.reasons import RowError
 from luthier.data.template import MARK_CLOSE, MARK_OPEN, ChatTemplate
@@ -30,11 +32,13 @@ _MARKS = re.compile(f"[{MARK_OPEN}{MARK_CLOSE}]")
 _PLAIN_ANSWER = "\ue0f4answer"
 
 NOTE_THINKING = "thinking_dropped"
+NOTE_DROPPED = "content_dropped"
 NOTE_EOS = "eos_added"
 NOTE_MARKS = "markers_differ"
 NOTE_TRUNCATED = "truncated"
 NOTES = {
-    NOTE_THINKING: "the template drops thinking of earlier turns; data.unroll = true trains it",
+    NOTE_THINKING: "the template drops thinking; data.unroll = true trains what it drops only of earlier turns",
+    NOTE_DROPPED: "the template leaves out what some message says",
     NOTE_EOS: "the template ends the last turn with no token, so the end-of-sequence token was added",
     NOTE_MARKS: "the template's generation markers differ from the turns as rendered",
     NOTE_TRUNCATED: "the end was cut at data.max_length",
@@ -82,7 +86,8 @@ class SpanFinder:
         except MaskError:
             if not tools or not self._place_without_tools(done, messages):
                 raise
-        self._note_thinking(done, messages)
+        _check_calls(done, messages)
+        _note_losses(done, messages)
         if self._template.has_marks:
             self._weigh_marks(done, messages, tools, turns)
         return done
@@ -182,17 +187,20 @@ class SpanFinder:
         if start is None and plain is not None:
             # No prefix holds, but the same conversation with a plain turn parts from this one where the turn begins.
             start = self._header_end(text, low, _shared(plain, text))
+        span = None
         if start is not None and plain is not None:
             behind = plain.partition(_PLAIN_ANSWER)[2]
             if text.endswith(behind) and len(text) - len(behind) >= start:
-                return self._with_end(done, messages, index, (start, len(text) - len(behind)))
-        end = self._whole_turn_end(text, messages, tools, index) if start is not None else None
-        if start is None or end is None or end <= start:
+                span = self._with_end(done, messages, index, (start, len(text) - len(behind)))
+        if start is not None and span is None:
+            end = self._whole_turn_end(text, messages, tools, index)
+            span = (start, end) if end is not None and end > start else None
+        if span is None or _holds_next(text[slice(*span)], messages, index):
             raise MaskError(
                 f"message {index + 1}: the chat template rewrites this turn so that its tokens cannot be told",
                 hint="data.unroll = true, or a template with generation markers, may help",
             )
-        return start, end
+        return span
 
     def _prefix_start(
         self, text: str, messages: list[Message], tools: list[dict[str, Any]] | None, index: int
@@ -284,17 +292,6 @@ class SpanFinder:
 
     # -- notes and markers -------------------------------------------------------------------------------------
 
-    def _note_thinking(self, done: Rendering, messages: list[Message]) -> None:
-        for message in messages:
-            if message["role"] != "assistant":
-                continue
-            content = message.get("content") or ""
-            thought = message.get("reasoning_content") or (
-                content.partition("</think>")[0] if "</think>" in content else ""
-            )
-            if thought and thought.replace("<think>", "").strip() not in done.text:
-                done.notes.add(NOTE_THINKING)
-
     def _weigh_marks(
         self, done: Rendering, messages: list[Message], tools: list[dict[str, Any]] | None, turns: list[int]
     ) -> None:
@@ -310,7 +307,8 @@ class SpanFinder:
         if len(pairs) != len(turns):
             raise MaskError(f"the template's generation markers name {len(pairs)} turns of {len(turns)}")
         for start, end in pairs:
-            if not any(match.end() == end for match in self._control.finditer(done.text, start, end)):
+            last = start + len(done.text[start:end].rstrip())
+            if not any(match.end() == last for match in self._control.finditer(done.text, start, end)):
                 raise MaskError(
                     "the template's generation markers leave the end-of-turn token out, so it would never be trained",
                     hint='use data.spans = "auto", or move {% endgeneration %} behind the end-of-turn token',
@@ -322,6 +320,48 @@ def _shared(left: str, right: str) -> int:
     """How many characters two texts share from their start."""
     pairs = enumerate(zip(left, right, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(left), len(right)))
+
+
+def _own_words(message: Message) -> str:
+    """What a message says, apart from thinking and edge whitespace, which templates may take out."""
+    return (message.get("content") or "").rpartition("</think>")[2].strip()
+
+
+def _said_in(words: str, text: str) -> bool:
+    """Whether a text holds the words, as they are or as JSON, in which some templates quote tool results."""
+    return words in text or orjson.dumps(words).decode()[1:-1] in text
+
+
+def _holds_next(turn: str, messages: list[Message], index: int) -> bool:
+    """Whether a turn's text holds what the next message says: then its end is wrong."""
+    if index + 1 == len(messages):
+        return False
+    words, own = _own_words(messages[index + 1]), orjson.dumps(messages[index]).decode()
+    return bool(words) and words in turn and not _said_in(words, own)
+
+
+def _check_calls(done: Rendering, messages: list[Message]) -> None:
+    """A template without tools renders a call as an empty turn, which would teach the model to say nothing."""
+    for index, message in enumerate(messages):
+        for call in message.get("tool_calls") or ():
+            name = call["function"]["name"]
+            if index in done.turns and name not in done.text[slice(*done.turns[index])]:
+                raise RowError(
+                    "template_refused", f"the chat template leaves out the call of `{name}` in message {index + 1}"
+                )
+
+
+def _note_losses(done: Rendering, messages: list[Message]) -> None:
+    """Note what the template took out: thinking of earlier turns, or whole messages."""
+    for message in messages:
+        content = message.get("content") or ""
+        thought = message.get("reasoning_content") or (
+            content.partition("</think>")[0] if "</think>" in content else ""
+        )
+        if message["role"] == "assistant" and not _said_in(thought.replace("<think>", "").strip(), done.text):
+            done.notes.add(NOTE_THINKING)
+        if not _said_in(_own_words(message), done.text):
+            done.notes.add(NOTE_DROPPED)
 
 
 def _any_of(tokens: list[str]) -> str:

@@ -34,7 +34,7 @@ class Data(Part):
     too_long: TooLong = "drop"
     """What happens to a longer example: `drop` it with a note, `truncate` its end, or stop with an `error`."""
     train_on: TrainOn = "assistant"
-    """Trained: every `assistant` turn, the `last_assistant` one, the `completion` of the last user turn, or `all` tokens."""
+    """Trained: each `assistant` turn, the `last_assistant`, the `completion` of the last user turn, or `all` tokens."""
     spans: SpanSource = "auto"
     """Who says which tokens are an assistant turn: the full rendering (`auto`), or the template's `markers`."""
     unroll: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -95,9 +96,11 @@ def _checked(draft: _Draft, overrides: list[Override]) -> LoadedSpec:
     except ValidationError as error:
         raise_problems(list_problems(error, draft.tables, draft.where), draft.name)
         raise
-    contradictions = find_contradictions(spec)
+    values = list(walk_values(dump_spec(spec)))
+    huge = [path for path, value in values if isinstance(value, int) and abs(value) >= 2**63]
+    contradictions = [(path, "is larger than 64 bits hold") for path in huge] + find_contradictions(spec)
     raise_problems([Problem(path, f"`{path}` {text}", draft.where(path)) for path, text in contradictions], draft.name)
-    origins = {path: "default" for path, _ in walk_values(dump_spec(spec))} | in_file | draft.origins
+    origins = {path: "default" for path, _ in values} | in_file | draft.origins
     return LoadedSpec(spec, origins, draft.name, tuple(draft.notes))
 
 
@@ -132,11 +135,13 @@ def _parse(text: str, kind: str, name: str) -> dict[str, Any]:
     try:
         if kind == "toml":
             return tomllib.loads(text)
-        tables = orjson.loads(text) if kind == "json" else _parse_yaml(text)
+        tables = _parse_json(text) if kind == "json" else _parse_yaml(text)
     except tomllib.TOMLDecodeError as error:
         raise SpecError(f"{name}: not valid TOML: {error}", hint=_toml_hint(str(error)), where=name) from None
     except ValueError as error:
         raise SpecError(f"{name}: not valid {kind.upper()}: {error}", where=name) from None
+    except RecursionError:
+        raise SpecError(f"{name}: nested too deeply", where=name) from None
     if not isinstance(tables, dict):
         raise SpecError(f"{name}: expected tables at the top, found {type(tables).__name__}", where=name)
     return tables
@@ -148,11 +153,42 @@ def _toml_hint(message: str) -> str:
     return ""
 
 
+def _parse_json(text: str) -> object:
+    orjson.loads(text)  # refuses what json.loads lets pass: NaN, half of a surrogate pair
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key `{key}` stands twice")
+        found[key] = value
+    return found
+
+
 def _parse_yaml(text: str) -> object:
     import yaml
 
     class PlainLoader(yaml.SafeLoader):
-        """YAML whose `2e-4` is a number, as everybody who writes it means."""
+        """YAML whose `2e-4` is a number, as everybody who writes it means; keys stand once, nothing is an alias.
+
+        A few aliases of aliases can stand for more values than there is memory, and one of itself for ever more.
+        """
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+                raise ValueError(f"line {line}: aliases are not taken; repeat the value")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            return _unique(
+                [
+                    (self.construct_object(key, deep=True), self.construct_object(value, deep=True))
+                    for key, value in node.value
+                ]
+            )
 
     PlainLoader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
@@ -198,7 +234,10 @@ def _resolve_paths(draft: _Draft) -> None:
         table = draft.tables.get(table_name)
         value = table.get(key) if isinstance(table, dict) else None
         if isinstance(value, str) and _is_local(dotted, value, draft.base_dir):
-            table[key] = str((draft.base_dir / Path(value).expanduser()).resolve())  # type: ignore[index]
+            try:
+                table[key] = str((draft.base_dir / Path(value).expanduser()).resolve())  # type: ignore[index]
+            except (RuntimeError, ValueError) as error:  # no such user's home; a NUL
+                raise SpecError(f"`{dotted}`: {value!r} is no path: {error}", where=draft.where(dotted)) from None
 
 
 def _is_local(dotted: str, value: str, base_dir: Path) -> bool:

@@ -47,7 +47,9 @@ def _joined(first: Problem, second: Problem) -> Problem:
 
 
 def _problem(item: Any, raw: dict[str, Any], where: Callable[[str], str]) -> Problem:
-    path = _plain_path(item["loc"], raw)
+    path = _plain_path(item["loc"])
+    if item["type"] == "extra_forbidden":
+        path = [*_plain_path(item["loc"][:-1]), str(item["loc"][-1])]
     dotted = ".".join(path)
     place = where(dotted)
     if item["type"] == "extra_forbidden":
@@ -64,10 +66,15 @@ def _problem(item: Any, raw: dict[str, Any], where: Callable[[str], str]) -> Pro
         return Problem(f"{dotted}.kind", f"`{dotted}.kind` is missing", place, f"set `{dotted}.kind`")
     return Problem(
         dotted,
-        f"`{dotted}`: expected {_expected(item)}, found {item['input']!r}",
+        f"`{dotted}`: expected {_expected(item)}, found {_shown(item['input'])}",
         place,
         _closest_value(item),
     )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _expected(item: Any) -> str:
@@ -82,6 +89,8 @@ def _expected(item: Any) -> str:
         "model_attributes_type": "a table",
         "dict_type": "a table",
         "string_too_short": "text that is not empty",
+        "finite_number": "a finite number",
+        "invalid_key": "keys that are text",
     }
     if kind in named:
         return named[kind]
@@ -102,7 +111,7 @@ def _closest_value(item: Any) -> str:
     return f'did you mean "{close[0]}"?' if close else ""
 
 
-def _plain_path(loc: Sequence[int | str], raw: dict[str, Any]) -> list[str]:
+def _plain_path(loc: Sequence[int | str]) -> list[str]:
     """The location as the person wrote it: union tags and type names are not theirs."""
     path: list[str] = []
     for position, step in enumerate(loc):

@@ -8,6 +8,7 @@ import orjson
 
 from luthier.data.example import Conversation, Example, Message
 from luthier.data.formats.fields import read_content, read_list, read_tools, refuse_role
+from luthier.data.parse import parse_nested
 from luthier.data.reasons import RowError
 
 NAME = "chat"
@@ -84,8 +85,10 @@ def _read_call(call: Any, number: int) -> dict[str, Any]:
     arguments = function.get("arguments", {}) if isinstance(function, dict) else {}
     if isinstance(arguments, str):
         try:
-            arguments = orjson.loads(arguments or "{}")
-        except ValueError:
+            arguments = parse_nested(arguments or "{}")
+        except RowError as error:
+            if error.reason != "not_json":
+                raise
             raise RowError("bad_tool_call", f"message {number}: the arguments of `{name}` are not JSON") from None
     if not isinstance(arguments, dict):
         raise RowError("bad_tool_call", f"message {number}: the arguments of `{name}` must be an object")

@@ -21,11 +21,12 @@ def read(row: dict[str, Any]) -> Conversation:
     """The prompt as the user's turn (or turns), the completion as the assistant's."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return Conversation(read_messages([*prompt, *completion]), read_tools(row))
-    messages = [
-        {"role": "user", "content": read_text(row, "prompt")},
-        {"role": "assistant", "content": read_text(row, "completion")},
-    ]
+        messages = read_messages([*prompt, *completion])
+    else:
+        messages = [
+            {"role": "user", "content": read_text(row, "prompt")},
+            {"role": "assistant", "content": read_text(row, "completion")},
+        ]
     if system := find_text(row, "system"):
         messages.insert(0, {"role": "system", "content": system})
     return Conversation(messages, read_tools(row))

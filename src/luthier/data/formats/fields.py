@@ -5,9 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-import orjson
-
 from luthier.data.example import ROLES, Message
+from luthier.data.parse import parse_nested
 from luthier.data.reasons import RowError
 
 
@@ -41,8 +40,10 @@ def read_list(row: dict[str, Any], key: str) -> list[Any]:
 def read_json(text: str, key: str) -> Any:
     """JSON that a dataset keeps as text."""
     try:
-        return orjson.loads(text)
-    except ValueError:
+        return parse_nested(text)
+    except RowError as error:
+        if error.reason != "not_json":
+            raise
         raise RowError("wrong_type", f"`{key}` is text that is not JSON") from None
 
 

@@ -27,6 +27,8 @@ def read(row: dict[str, Any]) -> Preference:
         prompt, chosen, rejected = _split_shared(chosen, rejected)
     elif _starts_with(chosen, prompt) and _starts_with(rejected, prompt):
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    if system := find_text(row, "system"):
+        prompt = [{"role": "system", "content": system}, *prompt]
     return Preference(prompt, chosen, rejected, read_tools(row))
 
 
@@ -41,16 +43,12 @@ def _read_openai(row: dict[str, Any]) -> Preference:
 def _read_prompt(row: dict[str, Any]) -> list[Message]:
     prompt = row.get("prompt", row.get("messages"))
     if isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}]
-    elif prompt is None:
-        messages = []
-    elif isinstance(prompt, list):
-        messages = read_messages(prompt)
-    else:
-        raise RowError("wrong_type", f"`prompt` must be text or messages, found {type(prompt).__name__}")
-    if (system := find_text(row, "system")) and messages:
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
+        return [{"role": "user", "content": prompt}]
+    if prompt is None:
+        return []
+    if isinstance(prompt, list):
+        return read_messages(prompt)
+    raise RowError("wrong_type", f"`prompt` must be text or messages, found {type(prompt).__name__}")
 
 
 def _read_answer(row: dict[str, Any], key: str) -> list[Message]:

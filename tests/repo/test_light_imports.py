@@ -1,0 +1,107 @@
+"""The command line starts without any heavy package, fast, and importing a module does nothing but define things."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HEAVY = {"torch", "transformers", "mlx", "tinker", "fastapi", "datasets", "pandas", "pyarrow", "huggingface_hub"}
+ARRAYS = {"numpy", "tokenizers", "safetensors"}
+CALLS = {
+    "help": ["--help"],
+    "train help": ["train", "--help"],
+    "spec check": ["spec", "check", "recipes/demo-qlora.toml"],
+}
+LIMIT_SECONDS = 0.15
+RUN = "import sys; from luthier.cli.main import main; code = main(sys.argv[1:])"
+SHOW_MODULES = "import json; sys.stderr.write(json.dumps([code, sorted(sys.modules)]))"
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_command_line_starts_light(call: list[str], root: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{RUN}; {SHOW_MODULES}", *call], cwd=root, capture_output=True, text=True
+    )
+    code, modules = json.loads(done.stderr)
+    assert code == 0
+    assert not {name.partition(".")[0] for name in modules} & (HEAVY | ARRAYS)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_command_line_starts_fast(call: list[str], root: Path) -> None:
+    # The quickest of up to ten tries: what the machine does beside this is not ours.
+    tries: list[float] = []
+    while len(tries) < 10 and (not tries or min(tries) >= LIMIT_SECONDS):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", RUN, *call], cwd=root, capture_output=True, check=True)
+        tries.append(time.perf_counter() - started)
+    assert min(tries) < LIMIT_SECONDS, f"{len(tries)} tries took {', '.join(f'{each:.3f}' for each in tries)} s"
+
+
+IMPORT_ALL = """
+import importlib, json, logging, os, pkgutil, signal, sys, threading, warnings
+import click, jinja2, numpy, orjson, pydantic, tokenizers, yaml
+
+def facts():
+    return {
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "handlers": [repr(each) for each in logging.root.handlers],
+        "interrupt": repr(signal.getsignal(signal.SIGINT)),
+        "path": list(sys.path),
+        "threads": [each.name for each in threading.enumerate()],
+        "warnings": len(warnings.filters),
+    }
+
+import luthier
+before = facts()
+names = ["luthier", *(each.name for each in pkgutil.walk_packages(luthier.__path__, "luthier."))]
+for name in names:
+    importlib.import_module(name)
+after = facts()
+changed = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
+print(json.dumps({"names": names, "changed": changed, "modules": sorted(sys.modules)}))
+"""
+
+
+def _imported(script: str, folder: Path) -> dict[str, Any]:
+    folder = folder / "import"
+    work = folder / "work"
+    work.mkdir(parents=True)
+    env = {"HOME": str(folder), "LUTHIER_HOME": str(folder / "home"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=work, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_importing_any_module_does_no_work(tmp_path: Path, sources: list[Path]) -> None:
+    found = _imported(IMPORT_ALL, tmp_path)
+    assert len(found["names"]) == len(sources)
+    assert found["changed"] == {}
+    assert [path.name for path in (tmp_path / "import").rglob("*")] == ["work"]
+    assert not {name.partition(".")[0] for name in found["modules"]} & HEAVY
+
+
+IMPORT_LIGHT = """
+import importlib, json, pkgutil, sys
+import luthier
+names = [each.name for each in pkgutil.walk_packages(luthier.__path__, "luthier.")]
+light = [name for name in names if name.split(".")[1] in ("cli", "spec", "errors", "extras")]
+for name in light:
+    importlib.import_module(name)
+print(json.dumps({"names": light, "modules": sorted(sys.modules)}))
+"""
+
+
+def test_command_line_and_spec_need_no_arrays(tmp_path: Path) -> None:
+    found = _imported(IMPORT_LIGHT, tmp_path)
+    assert len(found["names"]) > 25
+    assert not {name.partition(".")[0] for name in found["modules"]} & (HEAVY | ARRAYS)
