@@ -17,7 +17,9 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 _words = st.from_regex(r"[a-z][a-z_]{0,7}", fullmatch=True)
 _leaves = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
 json_values = st.recursive(
-    _leaves | texts, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_words, inner, max_size=3), max_leaves=5
+    _leaves | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_words, inner, max_size=3),
+    max_leaves=5,
 )
 arguments = st.dictionaries(_words, json_values, max_size=3)
 tools = st.lists(
@@ -53,9 +55,7 @@ def _answers(draw: st.DrawFn, rich: bool) -> list[Message]:
         with_ids = draw(st.booleans())
         names = draw(st.lists(_words, min_size=1, max_size=2))
         ids = [f"call_{index}" for index in range(len(names))]
-        calls = [
-            call(name, draw(arguments), id if with_ids else None) for name, id in zip(names, ids, strict=True)
-        ]
+        calls = [call(name, draw(arguments), id if with_ids else None) for name, id in zip(names, ids, strict=True)]
         messages.append(turn("assistant", draw(st.none() | texts), tool_calls=calls))
         for id in draw(st.permutations(ids)):
             result = turn("tool", draw(st.just("") | texts))
@@ -88,7 +88,9 @@ def preferences(draw: st.DrawFn) -> Preference:
     return Preference(prompt, chosen, rejected, draw(st.none() | tools))
 
 
-examples: st.SearchStrategy[Example] = conversations() | conversations(rich=False) | preferences() | st.builds(Text, texts)
+examples: st.SearchStrategy[Example] = (
+    conversations() | conversations(rich=False) | preferences() | st.builds(Text, texts)
+)
 
 
 def chat_row(user: str = "hello", assistant: str = "hi") -> dict[str, Any]:

@@ -10,8 +10,8 @@ from luthier.spec.part import Part
 class Output(Part):
     """Where results go and how often state is saved."""
 
-    dir: str = "runs"
-    """Folder in which the run folder is made."""
+    dir: str | None = None
+    """Folder in which the run folder is made; when absent, `runs` in the working directory."""
     save_every_steps: int = Field(0, ge=0)
     """Save a checkpoint every N steps; 0 saves at the end only."""
     keep_checkpoints: int | None = Field(None, ge=1)
