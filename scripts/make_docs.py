@@ -326,7 +326,7 @@ def list_console_commands(text: str) -> list[str]:
 
 def replace_outputs(text: str) -> str:
     """The page with each command of its console blocks run again."""
-    return _CONSOLE.sub(lambda match: "".join(_run(command) for command in _commands_of(match[0])), text)
+    return _CONSOLE.sub(lambda match: "\n".join(_run(command) for command in _commands_of(match[0])), text)
 
 
 def _commands_of(block: str) -> list[str]:

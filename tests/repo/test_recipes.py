@@ -31,7 +31,9 @@ def test_recipe_loads_and_promises(name: str, root: Path) -> None:
         assert len(part) < 160
     assert about.command.endswith(f"{name}.toml")
     assert spec.method.kind in name or spec.objective.kind in name
-    assert re.search(r'^train = ".*" +# relative to this file', text, re.M), "the owner of a copy must know what to edit"
+    assert re.search(r'^train = ".*" +# relative to this file', text, re.M), (
+        "the owner of a copy must know what to edit"
+    )
     if name in DEMOS:
         assert spec.data.train is not None
         assert Path(spec.data.train).is_relative_to(root)

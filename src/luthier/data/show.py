@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from luthier.data.render import Sequence
 from luthier.data.rows import RowReader
 from luthier.data.source import Row
+from luthier.data.spans import NOTES
 from luthier.data.tokens import ModelText
 
 
@@ -22,6 +23,7 @@ class ShownText:
     pieces: list[str]
     trained: list[int]
     control: list[bool]
+    notes: list[str]
 
     @property
     def trained_text(self) -> str:
@@ -38,6 +40,7 @@ class ShownText:
             "pieces": self.pieces,
             "trained": self.trained,
             "trained_text": self.trained_text,
+            "notes": self.notes,
         }
 
 
@@ -54,7 +57,8 @@ def show_row(reader: RowReader, text: ModelText, line: int, row: Row) -> list[Sh
             trained[first:last] = [1] * (last - first)
         pieces = _pieces(text, sequence.text)
         control = [piece in text.control_tokens for piece in pieces]
-        shown.append(ShownText(line, name, sequence.text, ids, pieces, trained, control))
+        notes = sorted(sequence.notes)
+        shown.append(ShownText(line, name, sequence.text, ids, pieces, trained, control, notes))
     return shown
 
 
@@ -118,4 +122,5 @@ def _section(shown: ShownText) -> str:
     for number, piece, on, control in zip(shown.tokens, shown.pieces, shown.trained, shown.control, strict=True):
         classes = " ".join(name for name, holds in (("t", on), ("c", control)) if holds)
         spans.append(f'<span class="{classes}" title="{number}">{html.escape(visible(piece))}</span>')
-    return f"{head}\n<pre>{''.join(spans)}</pre>"
+    notes = "".join(f'<p class="k">note: {html.escape(NOTES[name])}</p>' for name in shown.notes)
+    return f"{head}\n{notes}<pre>{''.join(spans)}</pre>"

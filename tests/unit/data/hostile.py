@@ -184,7 +184,7 @@ HOSTILE: list[tuple[str, bytes, str]] = [
     ("system in the middle", turns(_USER, '{"role":"system","content":"s"}', _ANSWER), "wrong_order"),
     ("two systems", turns(*['{"role":"system","content":"s"}'] * 2, _USER, _ANSWER), "wrong_order"),
     ("tool after the user", turns(_USER, _RESULT, _ANSWER), "wrong_order"),
-    ("system twice over", turns('{"role":"developer","content":"s"}', _ANSWER), "wrong_order"),
+    ("answer after the system", turns('{"role":"developer","content":"s"}', _ANSWER), "wrong_order"),
     ("only a system", turns('{"role":"system","content":"s"}'), "no_assistant"),
     ("only a user", turns(_USER), "no_assistant"),
     ("ends with the user", turns(_USER, _ANSWER, _OTHER_USER), "last_not_assistant"),
@@ -290,5 +290,5 @@ HARMLESS: list[tuple[str, bytes, list[str]]] = [
     ("a MiB", chat(f'"{"x" * (1 << 20)}"'), ["x" * (1 << 20), "b"]),
     ("same key in two objects", chat(beside=',"a":{"b":1},"c":{"b":1}'), ["a", "b"]),
     ("keys nobody knows", chat(beside=',"id":"7","source":null'), ["a", "b"]),
-    ("one equals true", turns(_USER, '{"role":"assistant","content":"1","weight":1}'), ["a", "1"]),
+    ("weight 1", turns(_USER, '{"role":"assistant","content":"1","weight":1}'), ["a", "1"]),
 ]

@@ -125,7 +125,7 @@ def show(
         from luthier.data.files import write_text
 
         write_text(Path(page), render_page(f"{Path(file).name} as {spec.model.base} sees it", shown))
-        say(f"{len(shown)} rows written to {page}")
+        say(f"{len({each.line for each in shown})} rows written to {page}")
     else:
         _print_shown(shown)
     if not as_json:
@@ -168,20 +168,23 @@ def _find_rows(
 
 
 def _print_shown(shown: list[ShownText]) -> None:
-    from luthier.data.show import visible
+    from luthier.data.spans import NOTES
 
     colour = has_colour()
     for each in shown:
         name = f", {each.name}" if each.name else ""
         say(f"line {each.line}{name}: {sum(each.trained)} of {len(each.tokens)} tokens trained")
-        parts: list[str] = []
-        for piece, on, control in zip(each.pieces, each.trained, each.control, strict=True):
-            parts.append(_ansi(visible(piece), on=bool(on), control=control) if colour else piece)
-        if colour:
-            say("".join(parts))
-        else:
-            say(_bracketed(each))
+        for note in each.notes:
+            say(f"note: {NOTES[note]}")
+        say(_coloured(each) if colour else _bracketed(each))
         say()
+
+
+def _coloured(shown: ShownText) -> str:
+    from luthier.data.show import visible
+
+    tokens = zip(shown.pieces, shown.trained, shown.control, strict=True)
+    return "".join(_ansi(visible(piece), on=bool(on), control=control) for piece, on, control in tokens)
 
 
 def _ansi(piece: str, *, on: bool, control: bool) -> str:

@@ -50,7 +50,7 @@ def _read_message(raw: Any, number: int) -> Message:
     if raw.get("function_call"):
         raise RowError("bad_tool_call", f"message {number} uses `function_call`; write `tool_calls`")
     message: Message = {"role": role, "content": read_content(raw.get("content"), number)}
-    if len(raw) > 2:
+    if raw.keys() - _PLAIN:
         _read_extras(raw, message, number)
     if message["content"] is None and not message.get("tool_calls"):
         message["content"] = ""
