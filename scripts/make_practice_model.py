@@ -91,7 +91,8 @@ def train_tokenizer() -> Tokenizer:
     split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
+    plain = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    tokenizer.decoder = decoders.ByteLevel(**plain)
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL) - len(ADDED),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

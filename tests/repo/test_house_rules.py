@@ -98,9 +98,9 @@ def test_only_the_command_line_prints(root: Path, sources: list[Path]) -> None:
     printing = []
     for path in sources:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and _dotted(node.func) == "print":
-                printing.append(path.name)
-            elif isinstance(node, ast.Attribute) and _dotted(node) in ("sys.stdout.write", "sys.stderr.write"):
+            if (isinstance(node, ast.Call) and _dotted(node.func) == "print") or (
+                isinstance(node, ast.Attribute) and _dotted(node) in ("sys.stdout.write", "sys.stderr.write")
+            ):
                 printing.append(path.name)
     assert set(printing) <= {"output.py"}
 

@@ -42,9 +42,9 @@ def print_json(value: object) -> None:
     sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode() + "\n")
 
 
-def say(text: str = "") -> None:
+def say(text: str = "", end: str = "\n") -> None:
     """A line of the result, on stdout."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(text + end)
 
 
 def warn(text: str) -> None:

@@ -59,7 +59,9 @@ def _print_tokens(summary: dict[str, Any]) -> None:
 def _print_notes(summary: dict[str, Any]) -> None:
     for name, count in summary["notes"].items():
         say(f"  note: {count:,} rows: {NOTES[name]}")
-    if summary["prompts_in_train"]:
-        say(f"  note: {summary['prompts_in_train']:,} held-out rows have a prompt that is trained too (leakage)")
+    if summary["leakage"]:
+        more = ", ..." if summary["leakage"] > len(summary["leaking_rows"]) else ""
+        say(f"  leakage: {summary['leakage']:,} held-out rows have a prompt that is trained too: ", end="")
+        say(", ".join(summary["leaking_rows"]) + more)
     if summary.get("fast_tokenizer_differed"):
         say("  note: the fast tokenizer gave other tokens for some row, so the model's own did all the work")

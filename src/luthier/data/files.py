@@ -14,6 +14,7 @@ from typing import IO, Any
 import orjson
 
 from luthier.data.formats import FORMATS, Format, chat, preference, text
+from luthier.data.prepare import Progress
 from luthier.data.prepared import Prepared
 from luthier.data.reasons import RowError
 from luthier.data.rows import RowReader
@@ -33,15 +34,21 @@ class Written:
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
 
-def convert_rows(source: Source, reader: RowReader, to: str, out: Path, *, limit: int | None = None) -> Written:
+def convert_rows(
+    source: Source, reader: RowReader, to: str, out: Path, *, limit: int | None = None, progress: Progress | None = None
+) -> Written:
     """Write every good row to `out` in the format `to` (`canonical`: the format of its kind), bad ones beside it.
 
     `limit` is the number of rows written at most. Bad rows go to `<out>.rejected.jsonl`, which exists only if there
     are any.
     """
     done = Written()
+    seen_bytes = 0
     with _replacing(out) as file, _rejects(out) as refuse:
         for block in source.blocks():
+            seen_bytes += block.read_bytes
+            if progress:
+                progress(done.rows, seen_bytes, source.size_bytes)
             for line, row in zip(block.lines, block.rows, strict=True):
                 done.rows += 1
                 try:

@@ -35,6 +35,7 @@ Progress = Callable[[int, int, int], None]
 """Called with rows read, bytes read and bytes in all."""
 
 _SHOWN_ROWS = 5
+_SHOWN_LEAKS = 10
 
 
 def prepare(
@@ -251,7 +252,9 @@ class _Builder:
             "formats": self._formats,
             "kinds": ledger.count_kinds(self._table, places),
             "notes": ledger.count_notes(self._table, places),
-            "prompts_in_train": int(leaked.sum()),
+            "duplicates": counts["reasons"].get("duplicate", 0) + counts["reasons"].get("in_validation", 0),
+            "leakage": int(leaked.sum()),
+            "leaking_rows": [self._where(int(row)) for row in np.flatnonzero(leaked)[:_SHOWN_LEAKS]],
             "examples": {
                 name: int(self._table.column("examples")[places == code].sum())
                 for code, name in enumerate(ledger.PLACES[:2])

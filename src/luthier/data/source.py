@@ -282,25 +282,25 @@ def _blocks_of(rows: Iterator[tuple[int, Row]], number: int, size: int = 2048) -
 
 def _csv_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(MAX_LINE_BYTES)
-    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-    reader = csv.reader(text, strict=True)
-    try:
-        header = next(reader, None)
-        if header is None:
-            return
-        if len(set(header)) != len(header):
-            raise DataError(f"{name}:1: a column name stands twice in the header")
-        line = reader.line_num + 1
-        for row in reader:
-            if len(row) == len(header):
-                yield line, dict(zip(header, row, strict=True))
-            elif row:
-                yield line, RowError("wrong_columns", f"{len(row)} columns; the header has {len(header)}")
+    with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+        reader = csv.reader(text, strict=True)
+        try:
+            header = next(reader, None)
+            if header is None:
+                return
+            if len(set(header)) != len(header):
+                raise DataError(f"{name}:1: a column name stands twice in the header")
             line = reader.line_num + 1
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: not UTF-8 text after line {reader.line_num}: {error.reason}") from None
-    except csv.Error as error:
-        raise DataError(f"{name}:{reader.line_num}: not valid CSV: {error}") from None
+            for row in reader:
+                if len(row) == len(header):
+                    yield line, dict(zip(header, row, strict=True))
+                elif row:
+                    yield line, RowError("wrong_columns", f"{len(row)} columns; the header has {len(header)}")
+                line = reader.line_num + 1
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}: not UTF-8 text after line {reader.line_num}: {error.reason}") from None
+        except csv.Error as error:
+            raise DataError(f"{name}:{reader.line_num}: not valid CSV: {error}") from None
 
 
 def _parquet_blocks(path: Path, name: str, number: int) -> Iterator[Block]:

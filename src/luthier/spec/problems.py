@@ -61,6 +61,7 @@ def _problem(item: Any, raw: dict[str, Any], where: Callable[[str], str]) -> Pro
         value = str(item["ctx"]["tag"])
         close = difflib.get_close_matches(value, [kind.strip(' "') for kind in kinds.split(",")], 1)
         hint = f'did you mean "{close[0]}"?' if close else ""
+        place = where(f"{dotted}.kind")
         return Problem(f"{dotted}.kind", f'`{dotted}.kind` is "{value}"; expected one of {kinds}', place, hint)
     if item["type"] == "union_tag_not_found":
         return Problem(f"{dotted}.kind", f"`{dotted}.kind` is missing", place, f"set `{dotted}.kind`")

@@ -53,7 +53,7 @@ def test_check_without_a_model_does_everything_but_tokens(tmp_path: Path, capsys
     valid = write(tmp_path / "valid.jsonl", chat("a.", "held"))
     assert main(["data", "check", file, "--valid", valid, "--json"]) == 0
     shown = read_json(capsys)
-    assert shown["prompts_in_train"] == 1
+    assert (shown["leakage"], shown["leaking_rows"]) == (1, ["valid.jsonl:1"])
     assert "tokens" not in shown
 
 

@@ -128,7 +128,7 @@ def test_rows_of_the_validation_file_are_taken_out_of_training(tmp_path: Path) -
         ("valid.jsonl", "valid", None, None),
         ("valid.jsonl", "valid", None, ["prompt_in_train"]),
     ]
-    assert done.summary["prompts_in_train"] == 1
+    assert done.summary["leakage"] == 1
 
 
 def test_the_split_does_not_depend_on_the_order_of_the_rows(tmp_path: Path) -> None:

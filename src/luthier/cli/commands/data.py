@@ -260,9 +260,9 @@ def _convert(
     from luthier.workflow import read_options
 
     spec = _spec_of(file, flags, settings)
-    with open_source(file, split=split) as source:
+    with open_source(file, split=split) as source, progress_bar("writing rows", quiet=as_json) as progress:
         reader = RowReader(read_options(spec, with_model=False, any_kind=True), source.names)
-        done = convert_rows(source, reader, to, Path(out), limit=limit)
+        done = convert_rows(source, reader, to, Path(out), limit=limit, progress=progress)
     bad = done.rows - done.written
     is_clean = bad <= spec.data.max_rejected_share * done.rows
     result = {"ok": is_clean, "rows": done.rows, "written": done.written, "reasons": done.reasons, "out": out}
