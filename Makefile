@@ -55,7 +55,7 @@ fix: setup  ## repair what ruff can repair
 	@$(BIN)/ruff format .
 
 golden: setup  ## record the golden files again; the change says why
-	@LUTHIER_RECORD_GOLDEN=1 $(BIN)/python -m pytest tests/golden $(ARGS)
+	@RECORD_GOLDEN=1 $(PYTEST) -m 'not slow and not browser' $(ARGS)
 
 docs: setup  ## write the generated pages, the README tree and the outputs in the guides again
 	@$(BIN)/python scripts/make_docs.py

@@ -34,7 +34,7 @@ def test_0005_one_fixed_prompt_does_not_empty_the_held_out_side(tmp_path: Path) 
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"prompt": "Next move?", "completion": "move {i}"}}\n' for i in range(40)))
     summary = prepare(ReadOptions(Data(train=str(rows), valid=0.25)), seed=0, home=tmp_path).summary
-    assert (summary["train"], summary["valid"], summary["prompts_in_train"]) == (30, 10, 10)
+    assert (summary["train"], summary["valid"], summary["leakage"]) == (30, 10, 10)
 
 
 def test_0006_a_file_written_twice_is_half_duplicates_and_not_malformed(tmp_path: Path) -> None:

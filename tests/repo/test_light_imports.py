@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ CALLS = {
     "spec check": ["spec", "check", "recipes/demo-qlora.toml"],
 }
 LIMIT_SECONDS = 0.15
+ENTER = "from luthier.cli.main import entry; entry()"
 RUN = "import sys; from luthier.cli.main import main; code = main(sys.argv[1:])"
 SHOW_MODULES = "import json; sys.stderr.write(json.dumps([code, sorted(sys.modules)]))"
 
@@ -35,11 +37,12 @@ def test_the_command_line_starts_light(call: list[str], root: Path) -> None:
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_the_command_line_starts_fast(call: list[str], root: Path) -> None:
-    # The quickest of up to ten tries: what the machine does beside this is not ours.
+    # The quickest of ten tries at most: what else the machine does is not ours. The first try compiles the modules.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     tries: list[float] = []
     while len(tries) < 10 and (not tries or min(tries) >= LIMIT_SECONDS):
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", RUN, *call], cwd=root, capture_output=True, check=True)
+        subprocess.run([sys.executable, "-c", ENTER, *call], cwd=root, env=env, capture_output=True, check=True)
         tries.append(time.perf_counter() - started)
     assert min(tries) < LIMIT_SECONDS, f"{len(tries)} tries took {', '.join(f'{each:.3f}' for each in tries)} s"
 

@@ -52,12 +52,16 @@ REASON_NAMES = {code: name for name, code in REASON_CODES.items()}
 
 
 class RowError(Exception):
-    """A row cannot be used; caught where rows are read, it becomes an entry of the ledger."""
+    """A row cannot be used; caught where rows are read, it becomes an entry of the ledger.
 
-    def __init__(self, reason: str, message: str) -> None:
+    `row` is what is left of a row that could not even be split into its values.
+    """
+
+    def __init__(self, reason: str, message: str, *, row: str = "") -> None:
         super().__init__(reason, message)
         self.reason = REASONS[reason].name
         self.message = message
+        self.row = row
 
     def __str__(self) -> str:
         return self.message

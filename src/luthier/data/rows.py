@@ -269,7 +269,7 @@ def _build_renderer(text: ModelText, options: ReadOptions) -> Renderer:
 def _kept(row: Row) -> dict[str, Any]:
     """The bad row as it came: text where it is text, else base64."""
     if isinstance(row, RowError):
-        return {}
+        return {"row": row.row} if row.row else {}
     if isinstance(row, dict):
         return {"row": orjson.dumps(row, default=str).decode()}
     try:

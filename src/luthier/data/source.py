@@ -285,17 +285,18 @@ def _csv_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, Row]]:
     with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
         reader = csv.reader(text, strict=True)
         try:
-            header = next(reader, None)
+            header = next(filter(None, reader), None)
             if header is None:
                 return
             if len(set(header)) != len(header):
-                raise DataError(f"{name}:1: a column name stands twice in the header")
+                raise DataError(f"{name}:{reader.line_num}: a column name stands twice in the header")
             line = reader.line_num + 1
             for row in reader:
                 if len(row) == len(header):
                     yield line, dict(zip(header, row, strict=True))
                 elif row:
-                    yield line, RowError("wrong_columns", f"{len(row)} columns; the header has {len(header)}")
+                    told = f"{len(row)} columns; the header has {len(header)}"
+                    yield line, RowError("wrong_columns", told, row=orjson.dumps(row).decode())
                 line = reader.line_num + 1
         except UnicodeDecodeError as error:
             raise DataError(f"{name}: not UTF-8 text after line {reader.line_num}: {error.reason}") from None

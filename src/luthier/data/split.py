@@ -16,9 +16,10 @@ Mask = npt.NDArray[np.bool_]
 def choose_valid(contents: Hashes, groups: Hashes | None, wanted: float | int, seed: int) -> Mask:
     """Which rows are held out: the share's (or count's) smallest seeded hashes; whole groups where groups are given.
 
-    A share takes ceil(share * rows), so at least one row. Whole groups come within one group of the count.
+    A share takes ceil(share * rows), so at least one row, but never the last one. Whole groups come within one group
+    of the count.
     """
-    count = math.ceil(round(wanted * len(contents), 9)) if isinstance(wanted, float) else wanted
+    count = _share(wanted, len(contents)) if isinstance(wanted, float) else wanted
     chosen = np.zeros(len(contents), bool)
     if count == 0 or not len(contents):
         return chosen
@@ -31,6 +32,11 @@ def choose_valid(contents: Hashes, groups: Hashes | None, wanted: float | int, s
         chosen[np.argsort(mix(contents, seed), kind="stable")[:count]] = True
         return chosen
     return _whole_groups(groups, count, seed)
+
+
+def _share(wanted: float, rows: int) -> int:
+    """Rounded before it is rounded up, or 0.1 of 30 rows would be 4."""
+    return min(math.ceil(round(wanted * rows, 9)), max(0, rows - 1))
 
 
 def _whole_groups(groups: Hashes, count: int, seed: int) -> Mask:

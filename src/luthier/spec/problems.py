@@ -55,7 +55,9 @@ def _problem(item: Any, raw: dict[str, Any], where: Callable[[str], str]) -> Pro
     if item["type"] == "extra_forbidden":
         return Problem(dotted, f"unknown key `{dotted}`{_tag_note(path, raw)}", place, _nearest(path, raw))
     if item["type"] == "missing":
-        return Problem(dotted, f"`{dotted}` is missing", place, f"set `{dotted}`, or give its flag")
+        # The only key without a default; a spec without [model] lacks it just as one with an empty [model].
+        missing = "model.base" if dotted == "model" else dotted
+        return Problem(missing, f"`{missing}` is missing", place, "set it in the spec, or give --model MODEL")
     if item["type"] == "union_tag_invalid":
         kinds = item["ctx"]["expected_tags"].replace("'", '"')
         value = str(item["ctx"]["tag"])
@@ -137,12 +139,22 @@ def _nearest(path: list[str], raw: dict[str, Any]) -> str:
     siblings = known_keys(raw).get(table, [])
     if close := difflib.get_close_matches(key, siblings, 1, cutoff=0.7):
         return f"did you mean `{close[0]}`?"
+    if kinds := _kinds_with(key, table):
+        return f"`{key}` is a key of kind {kinds}"
     homes = [f"{name}.{key}" if name else key for name, keys in known_keys({}).items() if key in keys and name != table]
     if homes:
         return f"did you mean `{homes[0]}`?"
     if close := difflib.get_close_matches(key, siblings, 1, cutoff=0.5):
         return f"did you mean `{close[0]}`?"
     return "known keys: " + ", ".join(siblings) if siblings else ""
+
+
+def _kinds_with(key: str, table: str) -> str:
+    """The kinds of a tagged table that know the key."""
+    field = RunSpec.model_fields.get(table)
+    parts = list_kinds(field.annotation) if field else []
+    found = [f'"{kind}"' for part in parts if key in part.model_fields for kind in _kinds_of(part)]
+    return " or ".join(found)
 
 
 def known_keys(raw: dict[str, Any]) -> dict[str, list[str]]:

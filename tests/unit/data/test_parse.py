@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import orjson
@@ -32,7 +33,7 @@ def test_a_row_is_parsed_as_it_was_written(row: dict[str, Any]) -> None:
 
 @given(rows)
 def test_escapes_of_quotes_hide_no_key(row: dict[str, Any]) -> None:
-    line = orjson.dumps(row).replace(b'\\"', b"\\u0022")
+    line = re.sub(rb"\\.", lambda found: b"\\u0022" if found[0] == b'\\"' else found[0], orjson.dumps(row))
     assert parse_line(line) == row
 
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import pickle
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -122,7 +123,7 @@ def test_blank_lines_are_no_rows_and_keep_their_numbers(tmp_path: Path) -> None:
     assert [line for line, _ in read(path)] == [3, 6, 9]
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b" \n\n \r\n"])
+@pytest.mark.parametrize("content", [b"", b"\n", b"\n\r\n\n"])
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv"])
 def test_an_empty_file_has_no_rows(tmp_path: Path, content: bytes, ending: str) -> None:
     path = tmp_path / f"rows{ending}"
@@ -171,7 +172,7 @@ def test_json_is_read_whatever_the_block(write: Callable[[list[Any]], bytes], ro
     patch.undo()
     assert [orjson.loads(row) for _, row in found] == rows
     lines = text.split(b"\n")
-    assert all(lines[line - 1].lstrip(b"[ ,").startswith(row.split(b"\n")[0]) for line, row in found)
+    assert all(row.split(b"\n")[0] in lines[line - 1] for line, row in found)
 
 
 def test_json_rows_have_the_line_they_start_on(tmp_path: Path) -> None:
@@ -232,6 +233,21 @@ def test_csv_rows_have_the_line_they_start_on(tmp_path: Path) -> None:
         "3 columns; the header has 2",
         {"a": "last", "b": "4"},
     ]
+
+
+def test_csv_row_of_wrong_columns_is_kept_among_the_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'prompt,completion\n"a, b",c,"d\ne"\n')
+    with open_source(str(path)) as opened:
+        blocks = pickle.loads(pickle.dumps(list(opened.blocks())))
+        (entry,) = RowReader(ReadOptions(Data()), opened.names).read(blocks[0]).rejected
+    assert (entry["file"], entry["line"], entry["reason"]) == ("rows.csv", 2, "wrong_columns")
+    assert orjson.loads(entry["row"]) == ["a, b", "c", "d\ne"]
+
+
+def test_csv_blank_lines_before_the_header_are_no_header(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"\n\ntext\n\na\n")
+    assert read(tmp_path / "rows.csv") == [(5, {"text": "a"})]
 
 
 @pytest.mark.parametrize(

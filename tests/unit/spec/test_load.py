@@ -161,8 +161,8 @@ def test_a_key_of_another_kind_is_unknown() -> None:
         (MODEL + "[optim]\nbatch = true", "expected a whole number, found True"),
         ("[model]\nbase = ''", "expected text that is not empty, found ''"),
         (f"seed = {2**63}\n{MODEL}", "`seed` is larger than 64 bits hold"),
-        ("seed = 1", "`model` is missing"),
-        ("", "`model` is missing"),
+        ("seed = 1", "`model.base` is missing"),
+        ("", "`model.base` is missing"),
     ],
 )
 def test_a_wrong_value_says_what_was_expected_and_found(text: str, words: str) -> None:
@@ -275,7 +275,7 @@ def test_flags_alone_make_a_spec() -> None:
     loaded = load_spec(None, [Override("model.base", "practice", "flag --model")])
     assert loaded.spec.model.base == "practice"
     assert loaded.name == "the command line"
-    with pytest.raises(SpecError, match="`model` is missing in the command line"):
+    with pytest.raises(SpecError, match=r"`model\.base` is missing in the command line"):
         load_spec(None)
 
 

@@ -89,7 +89,7 @@ def _list_rejected(folder: Path, count: int) -> None:
 
 @command.command("show")
 @click.argument("file")
-@click.option("-n", "count", default=3, show_default=True, metavar="N", help="Rows to show.")
+@click.option("-n", "count", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Rows to show.")
 @click.option("--row", type=int, metavar="LINE", help="Show the row on this line only.")
 @click.option("--html", "page", metavar="OUT", help="Write a page instead.")
 @click.option("--split", metavar="NAME", help="Split of a hub dataset.")
