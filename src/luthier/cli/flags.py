@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from luthier.spec.describe import describe_path
-
 if TYPE_CHECKING:
     from luthier.spec.load import LoadedSpec, Override
 
@@ -82,6 +80,20 @@ DATA_FLAGS = (
 )
 
 
+class SpecOption(click.Option):
+    """An option whose help is the spec's own sentence, read when help is asked for and not at every start."""
+
+    def __init__(self, *args: Any, path: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._path = path
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from luthier.spec.describe import describe_path
+
+        self.help = describe_path(self._path)
+        return super().get_help_record(ctx)
+
+
 def spec_flags(*names: str) -> Callable[[Decorated], Decorated]:
     """Options for the named flags, with the sentences of the spec as help, and `--set` for every other key."""
 
@@ -98,7 +110,7 @@ def spec_flags(*names: str) -> Callable[[Decorated], Decorated]:
             options: dict[str, Any] = (
                 {"is_flag": True, "default": None} if flag.is_switch else {"metavar": flag.metavar}
             )
-            function = click.option(f"--{name}", _key(name), help=describe_path(flag.path), **options)(function)
+            function = click.option(f"--{name}", _key(name), cls=SpecOption, path=flag.path, **options)(function)
         return function
 
     return decorate

@@ -18,6 +18,8 @@ def read_elements(file: IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
     """Each element as it stands in the file, with the line it starts on."""
     scanner = _Scanner()
     while data := file.read(_BLOCK_BYTES):
+        if scanner.is_at_start and data.startswith(b"\xef\xbb\xbf"):
+            raise DataError(f"{name}: starts with a byte order mark", hint="save the file as UTF-8 without one")
         yield from scanner.feed(data)
         if scanner.waiting_bytes > MAX_LINE_BYTES:
             raise DataError(
@@ -45,6 +47,11 @@ class _Scanner:
     def waiting_bytes(self) -> int:
         """Bytes of an element that has begun and not ended."""
         return len(self.rest)
+
+    @property
+    def is_at_start(self) -> bool:
+        """Whether nothing was read yet."""
+        return self._at == 0 and not self.rest
 
     @property
     def is_open(self) -> bool:

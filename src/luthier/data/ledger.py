@@ -12,6 +12,7 @@ import orjson
 
 from luthier.data.reasons import REASON_CODES, REASON_NAMES, REASONS
 from luthier.data.rows import KINDS, NOTE_BITS, RowBatch
+from luthier.data.spans import NOTE_LEAK
 from luthier.errors import LedgerError
 
 TRAIN, VALID, DROPPED = 0, 1, 2
@@ -37,7 +38,7 @@ _COLUMNS = {
 
 @dataclass
 class RowTable:
-    """Columns over all rows, some forty bytes a row, so that a million rows fit easily."""
+    """Columns over all rows, some fifty bytes a row, so that a million rows fit easily."""
 
     parts: dict[str, list[npt.NDArray[Any]]] = field(default_factory=lambda: {name: [] for name in _COLUMNS})
     rows_read: int = 0
@@ -129,8 +130,9 @@ def ledger_lines(
 
 
 def _listed_notes(bits: int, leaked: bool) -> str:
-    found = [name for name, bit in NOTE_BITS.items() if bits & bit]
-    return orjson.dumps(found + (["prompt_in_train"] if leaked else [])).decode()
+    if leaked:
+        bits |= NOTE_BITS[NOTE_LEAK]
+    return orjson.dumps([name for name, bit in NOTE_BITS.items() if bits & bit]).decode()
 
 
 def count_kinds(table: RowTable, places: npt.NDArray[np.uint8]) -> dict[str, int]:

@@ -6,6 +6,7 @@ positions k * batch to (k + 1) * batch of it; only the last step of a run may be
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -27,7 +28,7 @@ def permutation(count: int, seed: int, epoch: int) -> Indices:
 
 def count_steps(count: int, batch: int, *, epochs: float, steps: int = 0) -> int:
     """Optimizer steps of a run; `steps` wins over `epochs` when it is not 0."""
-    return steps or max(1, -(-round(count * epochs) // batch))
+    return steps if steps > 0 else max(1, math.ceil(round(count * epochs) / batch))
 
 
 def step_examples(step: int, count: int, batch: int, seed: int, *, last: int | None = None) -> Indices:

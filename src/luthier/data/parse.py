@@ -31,6 +31,7 @@ def parse_nested(text: str) -> Any:
     line = text.encode()
     value = _loaded(line)
     _check_loaded(line, value)
+    _check_integers(line)
     return value
 
 
@@ -50,9 +51,22 @@ def _loaded(line: bytes) -> Any:
 def _check_loaded(line: bytes, value: Any) -> None:
     if line.count(b"{") + line.count(b"[") > MAX_DEPTH:
         _check_depth(value)
+    if b"tool" in line or b"arguments" in line:
+        _check_integers(line)
     if b"\\u" in line and b"\\u0000" in line:
         _refuse_nul(value)
     _check_keys(line, value)
+
+
+_LONG_NUMBER = re.compile(rb"[:\[,\s]-?\d{19,}[\s,\]}]")
+
+
+def _check_integers(line: bytes) -> None:
+    """Refuse a whole number that 64 bits cannot hold: the parser would round it, and a call would mean another."""
+    if _LONG_NUMBER.search(line):
+        for leaf in _leaves(json.loads(line)):
+            if isinstance(leaf, int) and abs(leaf) >= 2**63:
+                raise RowError("non_finite_number", f"{leaf} is larger than 64 bits hold; write it as text")
 
 
 def _refuse(line: bytes, error: ValueError) -> NoReturn:

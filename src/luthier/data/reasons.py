@@ -31,6 +31,7 @@ _ALL = (
     Reason("missing_key", "a key that the format needs is missing"),
     Reason("wrong_type", "a value is not of the type that the format needs"),
     Reason("unknown_role", "a message has a role that does not exist"),
+    Reason("misspelt_key", "a message has a key that looks like a misspelling of a known one"),
     Reason("wrong_order", "the roles do not follow each other as in a conversation"),
     Reason("empty_content", "a message says nothing"),
     Reason("no_assistant", "no assistant turn, so nothing to learn"),

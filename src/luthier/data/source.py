@@ -104,7 +104,7 @@ def open_source(text: str, *, split: str | None = None) -> Iterator[Source]:
 
 def _local_source(path: Path) -> Source:
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _ending(p) in ENDINGS)
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _is_data(p))
         if not found:
             raise DataError(
                 f"{path}: no data files in this folder",
@@ -121,6 +121,11 @@ def _local_source(path: Path) -> Source:
             hint=f"known: {', '.join(ENDINGS)}, also .gz and .zst",
         )
     return Source((path,), (path.name,))
+
+
+def _is_data(path: Path) -> bool:
+    """Data files of a folder: not hidden ones, nor the bad rows of an earlier conversion."""
+    return _ending(path) in ENDINGS and not path.name.startswith(".") and not path.name.endswith(".rejected.jsonl")
 
 
 def _ending(path: Path) -> str:

@@ -36,12 +36,14 @@ NOTE_DROPPED = "content_dropped"
 NOTE_EOS = "eos_added"
 NOTE_MARKS = "markers_differ"
 NOTE_TRUNCATED = "truncated"
+NOTE_LEAK = "prompt_in_train"
 NOTES = {
     NOTE_THINKING: "the template drops thinking; data.unroll = true trains what it drops only of earlier turns",
     NOTE_DROPPED: "the template leaves out what some message says",
     NOTE_EOS: "the template ends the last turn with no token, so the end-of-sequence token was added",
     NOTE_MARKS: "the template's generation markers differ from the turns as rendered",
     NOTE_TRUNCATED: "the end was cut at data.max_length",
+    NOTE_LEAK: "the held-out row's prompt is trained too",
 }
 
 

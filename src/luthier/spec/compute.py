@@ -14,7 +14,7 @@ class Compute(Part):
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the frozen weights and the products."""
-    recompute: Literal["auto", "on", "off"] = "auto"
+    recompute: Literal["auto", "always", "never"] = "auto"
     """Compute activations again in the backward pass to save memory."""
     processes: int = Field(1, ge=1)
     """Processes that share each step on this machine."""

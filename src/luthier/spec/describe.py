@@ -50,12 +50,12 @@ def describe_field(part: str, name: str) -> str:
 
 
 def describe_path(path: str) -> str:
-    """The sentence of a dotted key, such as `optim.batch`."""
+    """The sentence of a dotted key, such as `optim.batch`; the `kind` of a tagged table has that of the table."""
     table, _, key = path.rpartition(".")
-    for module, _, sentences in _classes().values():
-        if module == (table or "run") and key in sentences:
-            return sentences[key]
-    raise KeyError(path)
+    modules = [sentences for module, _, sentences in _classes().values() if module == (table or "run")]
+    if key == "kind" and len(modules) > 1:
+        return describe_field("RunSpec", table)
+    return next(sentences[key] for sentences in modules if key in sentences)
 
 
 def build_schema() -> dict[str, Any]:

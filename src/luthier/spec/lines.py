@@ -39,5 +39,8 @@ def find_yaml_lines(text: str) -> dict[str, int]:
             yield found, key.start_mark.line + 1
             yield from walk(value, found)
 
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return {}  # JSON that is no YAML, as with tabs: errors then name keys without lines
     return dict(walk(root, "")) if root is not None else {}

@@ -124,7 +124,7 @@ def _read_draft(path: Path) -> _Draft:
 
 def _parse_draft(text: str, kind: str, name: str, base_dir: Path) -> _Draft:
     tables = _parse(text, kind, name)
-    lines = find_toml_lines(text) if kind == "toml" else find_yaml_lines(text) if kind == "yaml" else {}
+    lines = find_toml_lines(text) if kind == "toml" else find_yaml_lines(text)
     if synth.is_synth(tables):
         translated = synth.build_tables(tables, name)
         return _Draft(translated.tables, translated.place_lines(lines), name, None, translated.notes)

@@ -31,9 +31,9 @@ class RunSpec(Part):
     data: Data = Data()
     """The rows and the tokens trained."""
     method: Method = AutoMethod()
-    """Which weights move."""
+    """Which weights move: `auto`, `full`, `lora` or `qlora`."""
     objective: Objective = SftObjective()
-    """What the loss rewards."""
+    """What the loss rewards: `sft`, `pretrain`, `dpo`, `simpo` or `orpo`."""
     optim: Optim = Optim()
     """How far and how fast."""
     evaluate: Evaluate = Evaluate()

@@ -109,6 +109,8 @@ HOSTILE: list[tuple[str, bytes, str]] = [
     ("-1e999", chat(beside=',"score":-1e999'), "non_finite_number"),
     ("400 digits", chat(beside=f',"score":{"9" * 400}'), "non_finite_number"),
     ("5000 digits", chat(beside=f',"score":{"9" * 5000}'), "non_finite_number"),
+    ("65 bits in arguments", called('"{\\"a\\":18446744073709551616}"'), "non_finite_number"),
+    ("65 bits in arguments that are an object", called('{"a":[-9223372036854775809]}'), "non_finite_number"),
     ("NaN in arguments", called('"{\\"a\\":NaN}"'), "non_finite_number"),
     # -- keys named twice
     ("text twice", b'{"text": "a", "text": "b"}', "duplicate_key"),
@@ -201,7 +203,8 @@ HOSTILE: list[tuple[str, bytes, str]] = [
     ("answer of wide spaces", chat(answer='"\\u3000\\u00a0"'), "empty_content"),
     ("answer is null", chat(answer="null"), "empty_content"),
     ("no content", turns(_USER, '{"role":"assistant"}'), "empty_content"),
-    ("misspelt content", turns(_USER, '{"role":"assistant","contents":"b"}'), "empty_content"),
+    ("misspelt content", turns(_USER, '{"role":"assistant","contents":"b"}'), "misspelt_key"),
+    ("misspelt weight", turns(_USER, '{"role":"assistant","content":"b","wieght":0}'), "misspelt_key"),
     ("no parts", chat("[]"), "empty_content"),
     ("empty parts", chat('[{"type":"text","text":""}]'), "empty_content"),
     ("empty text", b'{"text": ""}', "empty_content"),

@@ -41,7 +41,8 @@ def test_the_seed_loads_unchanged() -> None:
 
 def test_the_seed_says_what_changes_nothing() -> None:
     notes = load_spec(SEED).notes
-    assert len(notes) == 2
+    assert len(notes) == 3
+    assert any("greater_is_better" in note for note in notes)
     assert any("training.mode" in note for note in notes)
     assert any("evaluation_strategy" in note for note in notes)
 
@@ -103,7 +104,7 @@ def test_how_the_method_is_told(text: str, kind: str) -> None:
 def test_qlora_wins_over_the_kind_of_training_with_a_note() -> None:
     loaded = load(JOB + '[training]\nuse_qlora = true\n[hyperparameters]\ntrain_kind = "fft"')
     assert loaded.spec.method.kind == "qlora"
-    assert any("gives way" in note for note in loaded.notes)
+    assert any("`training.use_qlora` decides the method" in note for note in loaded.notes)
 
 
 @pytest.mark.parametrize(

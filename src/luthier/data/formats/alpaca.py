@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from luthier.data.example import Conversation, Example, Message
-from luthier.data.formats.fields import check_pairs, find_text, read_list, read_text, turns_of
+from luthier.data.formats.fields import check_pairs, find_text, read_list, read_text, read_tools, turns_of
 from luthier.data.reasons import RowError
 
 NAME = "alpaca"
@@ -26,7 +26,8 @@ def read(row: dict[str, Any]) -> Conversation:
             raise RowError("wrong_type", f"`history` item {number} must be a pair of texts")
         messages += _turn(*pair)
     parts = [read_text(row, "instruction"), find_text(row, "input")]
-    return Conversation([*messages, *_turn("\n\n".join(part for part in parts if part), read_text(row, "output"))])
+    messages += _turn("\n\n".join(part for part in parts if part), read_text(row, "output"))
+    return Conversation(messages, read_tools(row))
 
 
 def _turn(user: str, assistant: str) -> list[Message]:

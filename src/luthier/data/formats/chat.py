@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import orjson
 
-from luthier.data.example import Conversation, Example, Message
+from luthier.data.example import MESSAGE_KEYS, Conversation, Example, Message
 from luthier.data.formats.fields import read_content, read_list, read_tools, refuse_role
 from luthier.data.parse import parse_nested
 from luthier.data.reasons import RowError
@@ -14,6 +15,7 @@ from luthier.data.reasons import RowError
 NAME = "chat"
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _PLAIN = {"role", "content"}
+_CLOSE_ENOUGH = 0.8
 
 
 def matches(row: dict[str, Any]) -> bool:
@@ -50,19 +52,27 @@ def _read_message(raw: Any, number: int) -> Message:
     if raw.get("function_call"):
         raise RowError("bad_tool_call", f"message {number} uses `function_call`; write `tool_calls`")
     message: Message = {"role": role, "content": read_content(raw.get("content"), number)}
-    if raw.keys() - _PLAIN:
+    if extras := raw.keys() - _PLAIN:
+        _check_spelling(extras, number)
         _read_extras(raw, message, number)
     if message["content"] is None and not message.get("tool_calls"):
         message["content"] = ""
     return message
 
 
+def _check_spelling(keys: set[str], number: int) -> None:
+    """Other keys are somebody's notes and go their way, but `wieght` was meant to do something."""
+    for key in sorted(keys - set(MESSAGE_KEYS)):
+        if close := difflib.get_close_matches(key, MESSAGE_KEYS, 1, _CLOSE_ENOUGH):
+            raise RowError("misspelt_key", f"message {number} has a key `{key}`; did you mean `{close[0]}`?")
+
+
 def _read_extras(raw: dict[str, Any], message: Message, number: int) -> None:
     for key in ("reasoning_content", "tool_call_id", "name"):
         if (value := raw.get(key)) is not None:
-            if not isinstance(value, str):
+            if isinstance(value, bool) or not isinstance(value, str | int):
                 raise RowError("wrong_type", f"message {number}: `{key}` must be text, found {type(value).__name__}")
-            message[key] = value
+            message[key] = str(value)
     if (weight := raw.get("weight")) is not None:
         if message["role"] != "assistant" or isinstance(weight, bool) or weight not in (0, 1):
             raise RowError(
@@ -80,6 +90,10 @@ def _read_extras(raw: dict[str, Any], message: Message, number: int) -> None:
 def _read_call(call: Any, number: int) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
+    if isinstance(call, dict) and call.get("type", "function") != "function":
+        raise RowError(
+            "bad_tool_call", f"message {number}: a tool call of type {call['type']!r}; only functions are known"
+        )
     if not isinstance(name, str) or not name:
         raise RowError("bad_tool_call", f"message {number}: a tool call needs `function.name`")
     arguments = function.get("arguments", {}) if isinstance(function, dict) else {}

@@ -14,7 +14,11 @@ NAME = "preference"
 
 def matches(row: dict[str, Any]) -> bool:
     """Whether the row holds two answers."""
-    return ("chosen" in row and "rejected" in row) or "preferred_output" in row
+    if "preferred_output" in row:
+        return True
+    # A table of mixed rows gives a conversation null answers; a pair without one is a bad pair.
+    is_conversation = "messages" in row and (row.get("chosen") is None or row.get("rejected") is None)
+    return "chosen" in row and "rejected" in row and not is_conversation
 
 
 def read(row: dict[str, Any]) -> Preference:

@@ -32,6 +32,8 @@ _NOTES = {
     "training.mode": "the objective is sft",
     "data.topology": "a local run has one container; a server checks it",
     "training.validation.evaluation_strategy": "evaluation is by steps",
+    "training.validation.greater_is_better": "the direction follows from the metric",
+    "tags": "a local run has no tags",
 }
 
 
@@ -48,6 +50,11 @@ class Translation:
         table, key = ours.split(".")
         self.tables.setdefault(table, {})[key] = value
         self.came_from[ours] = theirs
+
+    def note_unused(self, theirs: str, value: Any, why: str) -> None:
+        """Note a key of theirs that was given and changes nothing."""
+        if value not in (None, {}):
+            self.notes.append(f"`{theirs} = {value}` is understood and changes nothing: {why}")
 
     def place_lines(self, lines: dict[str, int]) -> dict[str, int]:
         """Lines by our keys instead of theirs."""
@@ -72,9 +79,7 @@ def build_tables(tables: dict[str, Any], name: str) -> Translation:
     for key, value in job.take_table("hyperparameters.parallelism").items():
         done.notes.append(f"`hyperparameters.parallelism.{key} = {value}` has no effect on one device")
     for key, why in _NOTES.items():
-        if (value := job.take(key)) not in (None, {}):
-            done.notes.append(f"`{key} = {value}` is understood and changes nothing: {why}")
-    job.take_table("tags")
+        done.note_unused(key, job.take(key), why)
     _refuse_leftovers(job, name)
     return done
 
@@ -94,7 +99,9 @@ class _Reader:
 
     def take_table(self, path: str) -> dict[str, Any]:
         found = self.take(path)
-        return found if isinstance(found, dict) else {}
+        if found is not None and not isinstance(found, dict):
+            raise SpecError(f"`{path}` must be a table, found {found!r}")
+        return found or {}
 
     def move(self, done: Translation, theirs: str, ours: str) -> None:
         if (value := self.take(theirs)) is not None:
@@ -132,8 +139,9 @@ def _translate_method(job: _Reader, done: Translation) -> None:
     theirs = "training.use_qlora" if wants_qlora else "hyperparameters.train_kind" if kind else "algorithm.variety"
     chosen = "qlora" if wants_qlora else str(kind or variety or "fft")
     done.put("method.kind", _KIND_OF_TRAINING.get(chosen, chosen), theirs)
-    if wants_qlora and kind:
-        done.notes.append(f"`hyperparameters.train_kind = {kind}` gives way to `training.use_qlora = true`")
+    for key, value in (("hyperparameters.train_kind", kind), ("algorithm.variety", variety)):
+        if key != theirs:
+            done.note_unused(key, value, f"`{theirs}` decides the method")
 
 
 def _translate_hyperparameters(job: _Reader, done: Translation) -> None:
@@ -158,6 +166,9 @@ def _translate_batch(job: _Reader, done: Translation) -> None:
         done.put("optim.micro_batch", micro, "hyperparameters.per_device_batch")
     if given is not None:
         done.put("optim.batch", given[1], f"hyperparameters.{given[0]}")
+        others = [(key, value) for key, value in whole if key != given[0]]
+        for key, value in [*others, ("gradient_accumulation_steps", accumulation)]:
+            done.note_unused(f"hyperparameters.{key}", value, f"`{given[0]}` decides the size of a step")
     elif micro is not None or accumulation is not None:
         counts = [1 if value is None else value for value in (micro, accumulation)]
         product = counts[0] * counts[1] if all(isinstance(count, int) for count in counts) else accumulation
@@ -170,8 +181,13 @@ def _translate_validation(job: _Reader, done: Translation) -> None:
     steps = job.take(prefix + "eval_steps")
     metric = job.take(prefix + "metric_for_best_model")
     keeps_best = job.take(prefix + "save_best_model_at_end")
-    job.take(prefix + "greater_is_better")
     if not enabled:
+        for key, value in (
+            ("eval_steps", steps),
+            ("metric_for_best_model", metric),
+            ("save_best_model_at_end", keeps_best),
+        ):
+            done.note_unused(prefix + key, value, "validation is not enabled")
         if done.tables.get("data", {}).get("valid") is None:
             done.put("data.valid", 0, prefix + "enabled")
         return
