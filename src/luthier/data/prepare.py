@@ -24,7 +24,7 @@ from luthier.data.hashes import Hashes
 from luthier.data.ledger import DROPPED, TRAIN, VALID, RowTable
 from luthier.data.parallel import read_blocks
 from luthier.data.prepared import Prepared
-from luthier.data.rows import ReadOptions, RowBatch, RowReader, Stop
+from luthier.data.rows import ReadOptions, RowBatch, Stop
 from luthier.data.shapes import ShapeBroken
 from luthier.data.source import Block, Source, open_source
 from luthier.data.split import choose_valid
@@ -144,6 +144,7 @@ class _Builder:
 
     def _take(self, batch: RowBatch, tokens: IO[bytes], ranges: IO[bytes], rejected: IO[bytes]) -> None:
         self._table.add(batch)
+        self._tokenizer = batch.tokenizer
         self._stops += [(batch.file, stop) for stop in batch.stops]
         for name, count in batch.formats.items():
             self._formats[name] = self._formats.get(name, 0) + count
@@ -268,7 +269,7 @@ class _Builder:
                 },
                 "lengths": describe_lengths(lengths),
                 "max_length": self._options.data.max_length,
-                "tokenizer": RowReader(self._options, self._names).tokenizer_name,
+                "tokenizer": self._tokenizer,
                 "learnt_shapes": self._options.learn_shapes,
                 "fast_tokenizer_differed": not self._options.fast_tokenizer,
                 "hashes": hashes,

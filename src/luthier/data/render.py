@@ -76,8 +76,9 @@ class Renderer:
 
     def _refuse_control_tokens(self, texts: list[str]) -> None:
         for text in texts:
-            if any(start in text for start in self._control_starts) and (match := self._control.search(text)):
-                raise RowError("control_token", f"the text spells the control token `{match[0]}`")
+            for start in self._control_starts:
+                if start in text and (match := self._control.search(text)):
+                    raise RowError("control_token", f"the text spells the control token `{match[0]}`")
 
     def _render_pair(self, pair: Preference) -> list[Sequence]:
         first = len(pair.prompt)

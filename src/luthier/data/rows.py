@@ -81,6 +81,7 @@ class RowBatch:
     stops: list[Stop]
     formats: dict[str, int]
     read_bytes: int
+    tokenizer: str
 
 
 @dataclass(slots=True)
@@ -113,11 +114,6 @@ class RowReader:
             text = ModelText(options.model_folder, chat_template=options.chat_template)
             self._renderer = _build_renderer(text, options)
             self._encoder = Encoder(text, fast=options.fast_tokenizer)
-
-    @property
-    def tokenizer_name(self) -> str:
-        """The library that encodes; empty without a model."""
-        return self._encoder.name if self._encoder else ""
 
     def read(self, block: Block) -> RowBatch:
         """Everything known of the block's rows."""
@@ -230,6 +226,7 @@ class RowReader:
             stops=draft.stops,
             formats=draft.formats,
             read_bytes=block.read_bytes,
+            tokenizer=self._encoder.name if self._encoder else "",
         )
 
     def _truncate(

@@ -60,9 +60,10 @@ class ShapeLearner:
     def _joined(self, shape: _Shape, messages: list[Message]) -> Rendering:
         contents = [message["content"] for message in messages]
         done = _join(shape, contents)
-        if any(_is_suspicious(content) for content in contents):
-            # Where the text is the same, the contents stand at the same places in it, and so do the turns.
-            return done if self._template.render(messages) == done.text else self._finder.find(messages)
+        for content in contents:
+            if _is_suspicious(content):
+                # Where the text is the same, the contents stand at the same places in it, and so do the turns.
+                return done if self._template.render(messages) == done.text else self._finder.find(messages)
         shape.seen += 1
         if shape.seen <= _ALWAYS_COMPARED or shape.seen % _COMPARED_EVERY == 0:
             whole = self._finder.find(messages)
