@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import tomllib
 from pathlib import Path
 
 import luthier
 from luthier.errors import MissingPathError
-from luthier.spec.load import load_spec_text
+from luthier.spec.load import PATH_KEYS, load_spec_text
 from luthier.spec.run import RunSpec
 
 
@@ -21,6 +22,18 @@ def _folder() -> Path:
 def list_recipes() -> list[str]:
     """Names of all recipes."""
     return sorted(path.stem for path in _folder().glob("*.toml"))
+
+
+def own_recipe(name: str) -> str:
+    """A recipe as a file of one's own: paths beside the recipe become absolute, so that they still lead there."""
+    _, text = load_recipe(name)
+    tables = tomllib.loads(text)
+    for key in PATH_KEYS:
+        table, _, field = key.partition(".")
+        value = tables.get(table, {}).get(field)
+        if isinstance(value, str) and (found := (_folder() / value).resolve()).exists():
+            text = text.replace(f'"{value}"', f'"{found.as_posix()}"')
+    return text
 
 
 def load_recipe(name: str) -> tuple[RunSpec, str]:

@@ -113,6 +113,9 @@ def test_recipes_are_copied_as_files_of_ones_own(tmp_path: Path, capsys: Capture
     capsys.readouterr()
     assert main(["spec", "check", str(copied)]) == 0
     assert main(["recipes", "copy", names[0], str(tmp_path)]) == 2
+    assert main(["recipes", "copy", "demo-qlora", str(tmp_path), "--force"]) == 0
+    capsys.readouterr()
+    assert main(["train", str(tmp_path / "demo-qlora.toml"), "--dry-run"]) == 0
     assert main(["recipes", "copy", names[0], str(tmp_path), "--force"]) == 0
 
 

@@ -49,9 +49,9 @@ def copy(name: str, target: str, force: bool, as_json: bool) -> None:
     """Copy a recipe to TARGET (a folder or a file)."""
     from luthier.data.files import write_text
     from luthier.errors import CallError
-    from luthier.runs.recipes import load_recipe
+    from luthier.runs.recipes import own_recipe
 
-    _, text = load_recipe(name)
+    text = own_recipe(name)
     path = Path(target) / f"{name}.toml" if Path(target).is_dir() or target.endswith("/") else Path(target)
     if path.exists() and not force:
         raise CallError(f"{path} exists already", hint="--force replaces it")
