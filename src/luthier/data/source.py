@@ -60,6 +60,10 @@ class Source:
         """Bytes on disk, for progress."""
         return sum(path.stat().st_size for path in self.paths)
 
+    def stamps(self) -> list[tuple[int, int]]:
+        """Size and time of change of each file, to see that nobody wrote to one while it was read."""
+        return [(found.st_size, found.st_mtime_ns) for found in (path.stat() for path in self.paths)]
+
     def content_hash(self) -> str:
         """SHA-256 over the names and bytes of all files."""
         whole = hashlib.sha256()

@@ -63,7 +63,8 @@ class ModelText:
         self.control_tokens = sorted(special | ({self.eos_token} - {""}))
         self.added_tokens = sorted({token["content"] for token in added})
         self.template_source = self._find_template(chat_template)
-        self.hash = hashlib.sha256(raw + orjson.dumps([self.bos_token, self.eos_token])).hexdigest()
+        named = [self._named_token(key) for key in ("bos_token", "pad_token", "unk_token")]
+        self.hash = hashlib.sha256(raw + orjson.dumps([*named, self.eos_token, self.control_tokens])).hexdigest()
 
     @property
     def template_hash(self) -> str:

@@ -109,6 +109,33 @@ def test_a_second_run_reuses_the_cache_and_a_changed_template_does_not(tmp_path:
         assert prepared(rows, tmp_path, model=model, **other).folder != changed.folder
 
 
+def test_a_file_that_grows_while_it_is_read_is_not_cached(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [chat("a"), chat("b")])
+
+    def grow(rows_read: int, *_: int) -> None:
+        if rows_read == 2:
+            with rows.open("a") as file:
+                file.write(json.dumps(chat("c")) + "\n")
+
+    options = ReadOptions(Data(train=str(rows)), "sft", practice_folder())
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(options, seed=0, home=tmp_path, progress=grow)
+    assert list((tmp_path / "tokens").iterdir()) == []
+
+
+def test_a_token_that_becomes_special_changes_the_cache(tmp_path: Path) -> None:
+    """`special` may be declared in tokenizer_config.json alone, and decides which contents are refused."""
+    rows = write_rows(tmp_path / "rows.jsonl", [chat("a"), chat("b <think> c")])
+    model = tmp_path / "model"
+    shutil.copytree(practice_folder(), model)
+    assert prepared(rows, tmp_path, model=model, valid=0).summary["train"] == 2
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {"2047": {"content": "<think>", "special": True}}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    again = prepared(rows, tmp_path, model=model, valid=0, max_rejected_share=1.0)
+    assert again.summary["reasons"] == {"control_token": 1}
+
+
 def test_duplicates_are_dropped_across_formats_and_do_not_count_as_malformed(tmp_path: Path) -> None:
     alpaca = {"instruction": "a", "output": "yes"}
     done = prepared(write_rows(tmp_path / "rows.jsonl", [chat("a"), alpaca, chat("b")]), tmp_path, valid=0)
