@@ -22,8 +22,8 @@ import click
 from pydantic_core import PydanticUndefined
 
 from luthier.cli.main import app
+from luthier.data.notes import NOTES
 from luthier.data.reasons import REASONS
-from luthier.data.spans import NOTES
 from luthier.errors import LuthierError
 from luthier.spec.describe import describe_field
 from luthier.spec.part import Part

@@ -56,7 +56,7 @@ def _answers(draw: st.DrawFn, rich: bool) -> list[Message]:
         names = draw(st.lists(_words, min_size=1, max_size=2))
         ids = [f"call_{index}" for index in range(len(names))]
         calls = [call(name, draw(arguments), id if with_ids else None) for name, id in zip(names, ids, strict=True)]
-        messages.append(turn("assistant", draw(st.none() | texts), tool_calls=calls))
+        messages.append(turn("assistant", draw(st.just("") | texts), tool_calls=calls))
         for id in draw(st.permutations(ids)):
             result = turn("tool", draw(st.just("") | texts))
             messages.append({**result, "tool_call_id": id} if with_ids else result)

@@ -7,6 +7,7 @@ from pathlib import Path
 from luthier.data.prepare import Progress, prepare
 from luthier.data.prepared import Prepared
 from luthier.data.rows import ReadOptions
+from luthier.data.source import Source
 from luthier.runs.home import luthier_home
 from luthier.runs.resolve import resolve_model
 from luthier.spec.run import RunSpec
@@ -30,7 +31,8 @@ def prepare_data(
     any_kind: bool = False,
     split: str | None = None,
     progress: Progress | None = None,
+    opened: Source | None = None,
 ) -> Prepared:
     """The spec's rows, checked, split and tokenised into the token cache; found there when nothing changed."""
     options = read_options(spec, with_model=with_model, any_kind=any_kind)
-    return prepare(options, seed=spec.seed, home=luthier_home(), split=split, progress=progress)
+    return prepare(options, seed=spec.seed, home=luthier_home(), split=split, progress=progress, opened=opened)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from luthier.cli.output import paint, print_table, say
+from luthier.data.notes import NOTES
 from luthier.data.reasons import REASONS
-from luthier.data.spans import NOTES
 
 _BAR = 40
 

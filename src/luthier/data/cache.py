@@ -47,7 +47,8 @@ def find_valid(folder: Path) -> Path | None:
     """The folder, if it is a whole cache: each file there, with the size its manifest says."""
     try:
         manifest = orjson.loads((folder / MANIFEST).read_bytes())
-        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+        sizes = manifest["files"]
+        whole = bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     return folder if whole else None
@@ -92,7 +93,7 @@ def _seal(draft: Path) -> None:
             os.fsync(file.fileno())
         sizes[path.name] = path.stat().st_size
     with (draft / MANIFEST).open("wb") as file:
-        file.write(orjson.dumps({"files": sizes, "code": code_version()}, option=orjson.OPT_INDENT_2))
+        file.write(orjson.dumps({"files": sizes}, option=orjson.OPT_INDENT_2))
         file.flush()
         os.fsync(file.fileno())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 from luthier.data.example import Conversation, Example, Message, Preference, Text
@@ -94,3 +96,13 @@ def _take_result(waiting: list[Any], message: Message, number: int) -> None:
     else:
         known = ", ".join(f"`{call}`" for call in waiting)
         raise RowError("unmatched_tool_call", f"message {number} answers `{wanted}`; the calls before it are {known}")
+
+
+def check_json(example: Example) -> None:
+    """Rows that came parsed may hold what JSON does not: decimals, bytes, dates, NaN; in a tool's arguments, say."""
+    try:
+        json.dumps(asdict(example), allow_nan=False)
+    except TypeError as error:
+        raise RowError("wrong_type", f"a value is not JSON: {error}") from None
+    except ValueError:
+        raise RowError("non_finite_number", "found NaN or Infinity; JSON has only finite numbers") from None

@@ -19,7 +19,7 @@ from luthier.data.prepared import Prepared
 from luthier.data.reasons import RowError
 from luthier.data.rows import RowReader
 from luthier.data.source import Row, Source
-from luthier.errors import CallError, StorageError
+from luthier.errors import CallError, LedgerError, StorageError
 
 _CANONICAL: dict[str, Any] = {"conversation": chat, "preference": preference, "text": text}
 
@@ -66,8 +66,13 @@ def convert_rows(
     return done
 
 
-def part_rows(source: Source, prepared: Prepared, train_out: Path, valid_out: Path) -> None:
-    """Copy the source's rows into two files by their places in the ledger, unchanged and in their order."""
+def part_rows(
+    source: Source, prepared: Prepared, train_out: Path, valid_out: Path, *, limit: int | None = None
+) -> None:
+    """Copy the source's rows into two files by their places in the ledger, unchanged and in their order.
+
+    `limit` is that of the preparation: the first rows of the source, which are all that the ledger knows.
+    """
     if train_out == valid_out:
         raise CallError("the two outputs are the same file", hint="give --train-out and --valid-out different names")
     with (
@@ -76,11 +81,15 @@ def part_rows(source: Source, prepared: Prepared, train_out: Path, valid_out: Pa
         (prepared.folder / "ledger.jsonl").open("rb") as ledger,
     ):
         outputs: dict[str, IO[bytes] | None] = {"train": train, "valid": valid, "dropped": None}
-        for block in source.blocks():
+        rows = 0
+        for block in source.blocks(limit=limit):
             for row in block.rows:
                 output = outputs[orjson.loads(ledger.readline())["place"]]
+                rows += 1
                 if output is not None:
                     output.write(_as_line(row))
+        if rows != prepared.summary["rows"]:
+            raise LedgerError(f"{rows} rows were parted, and the ledger has {prepared.summary['rows']}")
 
 
 def _as_line(row: Row) -> bytes:

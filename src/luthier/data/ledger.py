@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from luthier.data.notes import LEAK
 from luthier.data.reasons import REASON_CODES, REASON_NAMES, REASONS
 from luthier.data.rows import KINDS, NOTE_BITS, RowBatch
-from luthier.data.spans import NOTE_LEAK
 from luthier.errors import LedgerError
 
 TRAIN, VALID, DROPPED = 0, 1, 2
@@ -20,7 +20,7 @@ PLACES = ("train", "valid", "dropped")
 _STRETCH_ROWS = 1 << 14
 
 _COLUMNS = {
-    "files": np.uint16,
+    "files": np.uint32,
     "lines": np.uint32,
     "reasons": np.uint8,
     "kinds": np.uint8,
@@ -131,7 +131,7 @@ def ledger_lines(
 
 def _listed_notes(bits: int, leaked: bool) -> str:
     if leaked:
-        bits |= NOTE_BITS[NOTE_LEAK]
+        bits |= NOTE_BITS[LEAK]
     return orjson.dumps([name for name, bit in NOTE_BITS.items() if bits & bit]).decode()
 
 

@@ -22,14 +22,15 @@ from luthier.data import ledger
 from luthier.data.cache import build_once, cache_key, code_version, find_valid, write_array
 from luthier.data.hashes import Hashes
 from luthier.data.ledger import DROPPED, TRAIN, VALID, RowTable
+from luthier.data.notes import TRUNCATED
 from luthier.data.parallel import read_blocks
 from luthier.data.prepared import Prepared
-from luthier.data.rows import ReadOptions, RowBatch, Stop
+from luthier.data.rows import NOTE_BITS, ReadOptions, RowBatch, Stop
 from luthier.data.shapes import ShapeBroken
 from luthier.data.source import Block, Source, open_source
 from luthier.data.split import choose_valid
 from luthier.data.tokens import FastTokenizerDiffers, ModelText
-from luthier.errors import DataError, MaskError, RejectedRowsError
+from luthier.errors import CallError, DataError, MaskError, RejectedRowsError
 
 Progress = Callable[[int, int, int], None]
 """Called with rows read, bytes read and bytes in all."""
@@ -39,16 +40,27 @@ _SHOWN_LEAKS = 10
 
 
 def prepare(
-    options: ReadOptions, *, seed: int, home: Path, split: str | None = None, progress: Progress | None = None
+    options: ReadOptions,
+    *,
+    seed: int,
+    home: Path,
+    split: str | None = None,
+    progress: Progress | None = None,
+    opened: Source | None = None,
 ) -> Prepared:
-    """The prepared data of these options; raises DataError and its kin where the data does not hold."""
+    """The prepared data of these options; raises DataError and its kin where the data does not hold.
+
+    `opened` is the training source where the caller has it open already: standard input can be read only once.
+    """
     if options.data.train is None:
         raise DataError(
             "no data to prepare: `data.train` is not set",
             hint="give --data FILE, or set data.train in the spec",
         )
     with ExitStack() as stack:
-        sources = [stack.enter_context(open_source(options.data.train, split=split))]
+        if options.data.train == options.data.valid == "-":
+            raise CallError("standard input cannot be both the training and the held-out rows")
+        sources = [opened or stack.enter_context(open_source(options.data.train, split=split))]
         if isinstance(options.data.valid, str):
             sources.append(stack.enter_context(open_source(options.data.valid, split=split)))
         stamps = [source.stamps() for source in sources]
@@ -101,7 +113,7 @@ class _Builder:
         self._options = options
         self._sources = sources
         self._progress = progress
-        self._names = tuple(name for source in sources for name in source.names)
+        self._names = _distinct_names(sources)
         self._table = RowTable()
         self._stops: list[tuple[int, Stop]] = []
         self._formats: dict[str, int] = {}
@@ -208,6 +220,10 @@ class _Builder:
             ledger.mark(reasons, np.delete(rows, first), "duplicate")
         held = contents[is_valid_file & (reasons == 0)]
         ledger.mark(reasons, np.flatnonzero(~is_valid_file & np.isin(contents, held)), "in_validation")
+        if data.group_by:
+            groups_held = self._table.column("groups")[is_valid_file & (reasons == 0)]
+            shared = np.isin(self._table.column("groups"), groups_held)
+            ledger.mark(reasons, np.flatnonzero(~is_valid_file & shared), "in_validation")
         if self._options.model_folder is not None:
             too_long = self._table.column("longest") > data.max_length
             if data.too_long == "truncate":
@@ -219,9 +235,19 @@ class _Builder:
         if not isinstance(data.valid, str):
             groups: Hashes | None = self._table.column("groups")[usable] if data.group_by else None
             places[usable[choose_valid(contents[usable], groups, data.valid, seed)]] = VALID
+        self._check_ends(places)
         prompts = self._table.column("prompts")
         leaked = (places == VALID) & np.isin(prompts, prompts[places == TRAIN])
         return places, leaked
+
+    def _check_ends(self, places: npt.NDArray[np.uint8]) -> None:
+        """Stop when truncation took the end-of-turn token from every example: the model would never learn to stop."""
+        cut = (self._table.column("notes")[places == TRAIN] & NOTE_BITS[TRUNCATED]) > 0
+        if len(cut) and cut.all():
+            raise MaskError(
+                f"data.max_length = {self._options.data.max_length} cuts every row, so none keeps its end of turn",
+                hint='raise data.max_length, or set data.too_long = "drop"',
+            )
 
     # -- writing -----------------------------------------------------------------------------------------------
 
@@ -236,7 +262,7 @@ class _Builder:
             "range_offsets.u64": _offsets(ranges),
             "first_sequences.u64": _offsets(counts),
             "rows.u64": row_of_example,
-            "row_files.u16": self._table.column("files"),
+            "row_files.u32": self._table.column("files"),
             "row_lines.u32": self._table.column("lines"),
             "train.u64": np.flatnonzero(places[row_of_example] == TRAIN),
             "valid.u64": np.flatnonzero(places[row_of_example] == VALID),
@@ -282,6 +308,14 @@ class _Builder:
                 "hashes": hashes,
             }
         (self._draft / "summary.json").write_bytes(orjson.dumps(summary, option=orjson.OPT_INDENT_2))
+
+
+def _distinct_names(sources: list[Source]) -> tuple[str, ...]:
+    """What ledger and errors call each file: its name, or its whole path where two have the same name."""
+    names = tuple(name for source in sources for name in source.names)
+    if len(set(names)) == len(names):
+        return names
+    return tuple(path.as_posix() for source in sources for path in source.paths)
 
 
 def _offsets(counts: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:

@@ -83,6 +83,6 @@ class Prepared:
         """File and line of the row an example came from."""
         row = int(map_array(self.folder, "rows.u64")[example])
         files = self.summary["files"]
-        return files[int(map_array(self.folder, "row_files.u16")[row])], int(
+        return files[int(map_array(self.folder, "row_files.u32")[row])], int(
             map_array(self.folder, "row_lines.u32")[row]
         )

@@ -44,7 +44,7 @@ _ALL = (
     Reason("control_token", "the text spells one of the model's control tokens"),
     Reason("template_refused", "the model's chat template refuses the conversation"),
     Reason("duplicate", "the same row stands earlier", is_malformed=False),
-    Reason("in_validation", "the same row stands in the validation file", is_malformed=False),
+    Reason("in_validation", "the same row, or another of its group, stands in the validation file", is_malformed=False),
     Reason("too_long", "longer than data.max_length", is_malformed=False),
 )
 REASONS = {reason.name: reason for reason in _ALL}

@@ -12,7 +12,7 @@ import orjson
 from luthier.data.example import Conversation, Example, Message, Preference, Text
 from luthier.data.reasons import RowError
 from luthier.data.shapes import ShapeLearner
-from luthier.data.spans import Rendering, Span, SpanFinder
+from luthier.data.spans import RESERVED, Rendering, Span, SpanFinder
 from luthier.data.template import ChatTemplate
 from luthier.errors import MaskError, TemplateError
 from luthier.spec.data import SpanSource, TrainOn
@@ -20,7 +20,7 @@ from luthier.spec.data import SpanSource, TrainOn
 
 @dataclass(slots=True)
 class Sequence:
-    """One text to tokenise, the spans to train in it, and where its last trained turn ends."""
+    """One text to tokenise, the spans to train in it, and notes."""
 
     text: str
     spans: list[Span]
@@ -79,14 +79,19 @@ class Renderer:
             for start in self._control_starts:
                 if start in text and (match := self._control.search(text)):
                     raise RowError("control_token", f"the text spells the control token `{match[0]}`")
+            if not text.isascii() and (match := RESERVED.search(text)):
+                raise RowError("control_token", f"the text holds U+{ord(match[0]):04X}, by which Luthier marks places")
 
     def _render_pair(self, pair: Preference) -> list[Sequence]:
         first = len(pair.prompt)
         sequences = []
         for answer in (pair.chosen, pair.rejected):
-            done = self._find([*pair.prompt, *answer], pair.tools)
-            spans = [span for index, span in done.turns.items() if index >= first]
-            sequences.append(Sequence(done.text, spans, done.notes))
+            messages = [*pair.prompt, *answer]
+            done = self._find(messages, pair.tools)
+            chosen = [index for index in self._chosen_turns(messages) if index >= first]
+            if not chosen:
+                raise _nothing_trained()
+            sequences.append(Sequence(done.text, [done.turns[index] for index in chosen], done.notes))
         return sequences
 
     def _render_conversation(self, example: Conversation) -> Iterator[Sequence]:
@@ -103,7 +108,8 @@ class Renderer:
 
     def _sequence(self, done: Rendering, messages: list[Message]) -> Sequence:
         if self._train_on == "all":
-            return Sequence(done.text, [(0, len(done.text))], done.notes)
+            muted = [done.turns[index] for index, message in enumerate(messages) if message.get("weight") == 0]
+            return Sequence(done.text, _around(muted, len(done.text)), done.notes)
         chosen = self._chosen_turns(messages)
         if not chosen:
             raise _nothing_trained()
@@ -118,6 +124,12 @@ class Renderer:
             last_user = max(index for index, message in enumerate(messages) if message["role"] == "user")
             turns = [index for index in turns if index > last_user]
         return [index for index in turns if messages[index].get("weight") != 0]
+
+
+def _around(muted: list[Span], length: int) -> list[Span]:
+    """All of a text but some stretches of it."""
+    edges = [0, *(edge for span in muted for edge in span), length]
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
 
 
 def _nothing_trained() -> MaskError:
@@ -141,7 +153,8 @@ def _message_texts(message: dict[str, Any]) -> Iterator[str]:
     if message.get("content"):
         yield message["content"]
     if len(message) > 2:
-        if message.get("reasoning_content"):
-            yield message["reasoning_content"]
+        for key in ("reasoning_content", "name", "tool_call_id"):
+            if message.get(key):
+                yield message[key]
         if message.get("tool_calls"):
             yield orjson.dumps(message["tool_calls"]).decode()

@@ -14,16 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from luthier.data.check import check_example
+from luthier.data.check import check_example, check_json
 from luthier.data.example import Example
 from luthier.data.formats import find_format, get_format
 from luthier.data.hashes import content_hash, hash_bytes, prompt_hash
+from luthier.data.notes import NOTES, TRUNCATED
 from luthier.data.parse import check_parsed, parse_line
 from luthier.data.reasons import REASON_CODES, RowError
 from luthier.data.render import Renderer, Sequence
 from luthier.data.source import Block, Row
-from luthier.data.spans import NOTE_TRUNCATED, NOTES
-from luthier.data.tokens import Encoded, Encoder, ModelText
+from luthier.data.tokens import Encoded, Encoder, Ids, ModelText
 from luthier.errors import MaskError
 from luthier.spec.data import Data
 
@@ -104,7 +104,7 @@ class RowReader:
 
     def __init__(self, options: ReadOptions, names: tuple[str, ...]) -> None:
         self._names = names
-        self._data = options.data
+        self.data = options.data
         self._format = get_format(options.data.format)
         self._kind = _OBJECTIVE_KINDS[options.objective] if options.objective else None
         self._objective = options.objective
@@ -150,6 +150,8 @@ class RowReader:
         form = self._format or find_format(parsed)
         example = form.read(parsed)
         check_example(example)
+        if not isinstance(row, bytes):
+            check_json(example)
         if self._kind is not None and example.kind != self._kind:
             raise RowError("wrong_kind", f'objective "{self._objective}" trains a {self._kind}, found a {example.kind}')
         return parsed, example, form.NAME
@@ -177,11 +179,11 @@ class RowReader:
         draft.parts += parts
 
     def _group(self, row: dict[str, Any]) -> int:
-        if self._data.group_by is None:
+        if self.data.group_by is None:
             return 0
-        if self._data.group_by not in row:
-            raise RowError("missing_key", f"`{self._data.group_by}` is missing, by which rows are grouped")
-        return hash_bytes(orjson.dumps(row[self._data.group_by], default=str, option=orjson.OPT_SORT_KEYS))
+        if self.data.group_by not in row:
+            raise RowError("missing_key", f"`{self.data.group_by}` is missing, by which rows are grouped")
+        return hash_bytes(orjson.dumps(row[self.data.group_by], default=str, option=orjson.OPT_SORT_KEYS))
 
     def _reject(self, draft: _Draft, file: int, line: int, row: Row, error: RowError) -> None:
         draft.reasons.append(REASON_CODES[error.reason])
@@ -204,8 +206,10 @@ class RowReader:
             encoded, ranges = self.encode(sequences)
         ids, lengths = encoded.ids, np.diff(encoded.offsets).astype(np.uint32)
         sequences_of_example = np.array([len(part) for part in draft.parts], np.uint8)
-        if self._data.too_long == "truncate":
+        if self.data.too_long == "truncate":
             ids, lengths, ranges = self._truncate(draft, encoded, ranges, sequences_of_example)
+        if (sequences_of_example == 2).any():
+            self._refuse_equal_pairs(block, draft, ids, lengths)
         hashes = np.array(draft.hashes, np.uint64).reshape(-1, 3)
         return RowBatch(
             file=block.file,
@@ -229,6 +233,20 @@ class RowReader:
             tokenizer=self._encoder.name if self._encoder else "",
         )
 
+    def _refuse_equal_pairs(self, block: Block, draft: _Draft, ids: Ids, lengths: npt.NDArray[np.uint32]) -> None:
+        """Two answers may differ in the row and not in the tokens, when thinking is dropped or the end cut off."""
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        rows = np.repeat(np.arange(len(draft.examples_of_row)), draft.examples_of_row)
+        first = 0
+        for row, part in zip(rows.tolist(), draft.parts, strict=True):
+            if len(part) == 2:
+                left, middle, right = offsets[first : first + 3]
+                if np.array_equal(ids[left:middle], ids[middle:right]):
+                    error = RowError("chosen_equals_rejected", "both answers come to the same tokens")
+                    draft.reasons[row] = REASON_CODES[error.reason]
+                    draft.rejected.append(self.rejected(block.file, block.lines[row], block.rows[row], error))
+            first += len(part)
+
     def _truncate(
         self,
         draft: _Draft,
@@ -237,7 +255,7 @@ class RowReader:
         per_example: npt.NDArray[np.uint8],
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32], list[npt.NDArray[np.uint32]]]:
         """Cut each sequence at max_length, and its trained ranges with it."""
-        limit = self._data.max_length
+        limit = self.data.max_length
         full = np.diff(encoded.offsets)
         if not (full > limit).any():
             return encoded.ids, full.astype(np.uint32), ranges
@@ -245,7 +263,7 @@ class RowReader:
         cut = [own[own[:, 0] < limit].clip(max=limit) for own in ranges]
         rows = np.repeat(np.arange(len(draft.examples_of_row)), draft.examples_of_row)
         for row in np.unique(rows[np.repeat(np.arange(len(per_example)), per_example)[full > limit]]):
-            draft.notes[row] |= NOTE_BITS[NOTE_TRUNCATED]
+            draft.notes[row] |= NOTE_BITS[TRUNCATED]
         return encoded.ids[position < limit], np.minimum(full, limit).astype(np.uint32), cut
 
 

@@ -19,7 +19,7 @@ from luthier.errors import MaskError
 
 _ALWAYS_COMPARED = 4
 _COMPARED_EVERY = 64
-_SUSPICIOUS = re.compile(r"[<>\[\]{}|\ue000-\uf8ff]")
+_MARKUP = r"[<>\[\]{}|\ue000-\uf8ff]"
 _PLAIN_KEYS = {"role", "content", "weight"}
 
 
@@ -44,6 +44,7 @@ class ShapeLearner:
         self._template = template
         self._shapes: dict[str, _Shape | None] = {}
         self._learn = learn and not template.has_marks
+        self._suspicious = re.compile("|".join([_MARKUP, *sorted(map(re.escape, template.watched))]))
 
     def find(self, messages: list[Message], tools: list[dict[str, object]] | None = None) -> Rendering:
         """As SpanFinder.find, by joining where that is proved to be the same."""
@@ -61,7 +62,7 @@ class ShapeLearner:
         contents = [message["content"] for message in messages]
         done = _join(shape, contents)
         for content in contents:
-            if _is_suspicious(content):
+            if self._is_suspicious(content):
                 # Where the text is the same, the contents stand at the same places in it, and so do the turns.
                 return done if self._template.render(messages) == done.text else self._finder.find(messages)
         shape.seen += 1
@@ -70,6 +71,12 @@ class ShapeLearner:
             if (whole.text, whole.turns) != (done.text, done.turns):
                 raise ShapeBroken
         return done
+
+    def _is_suspicious(self, content: str) -> bool:
+        """Content that the template may treat specially: edge white space, markup, a word it looks for, or nothing."""
+        if not content or content[0].isspace() or content[-1].isspace():
+            return True
+        return self._suspicious.search(content) is not None
 
     def _learnt(self, roles: list[str]) -> _Shape | None:
         """Learn a shape from a probe whose contents are words that stand nowhere else."""
@@ -91,11 +98,6 @@ class ShapeLearner:
             return None
         reach = {i: (bounds[i][0] - start, end - bounds[i][1]) for i, (start, end) in done.turns.items()}
         return _Shape(fixed, reach)
-
-
-def _is_suspicious(content: str) -> bool:
-    """Content that a template may treat specially: edge white space, markup, or nothing at all."""
-    return not content or content[0].isspace() or content[-1].isspace() or _SUSPICIOUS.search(content) is not None
 
 
 def _join(shape: _Shape, contents: list[str]) -> Rendering:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from luthier.data.notes import NOTES, TRUNCATED
+from luthier.data.reasons import RowError
 from luthier.data.render import Sequence
 from luthier.data.rows import RowReader
 from luthier.data.source import Row
-from luthier.data.spans import NOTES
 from luthier.data.tokens import ModelText
+from luthier.spec.data import Data
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class ShownText:
 
 
 def show_row(reader: RowReader, text: ModelText, line: int, row: Row) -> list[ShownText]:
-    """The texts of one row: one for a conversation, two for a pair; raises RowError or MaskError."""
+    """The texts of one row as they would be trained: one for a conversation, two for a pair.
+
+    Raises RowError or MaskError for a row that would not be.
+    """
     parts = reader.sequences(row)
     named = [(name, s) for part in parts for name, s in zip(_names(part), part, strict=True)]
     encoded, ranges = reader.encode([sequence for _, sequence in named])
@@ -59,7 +64,18 @@ def show_row(reader: RowReader, text: ModelText, line: int, row: Row) -> list[Sh
         control = [piece in text.control_tokens for piece in pieces]
         notes = sorted(sequence.notes)
         shown.append(ShownText(line, name, sequence.text, ids, pieces, trained, control, notes))
-    return shown
+    return [_fitted(each, reader.data) for each in shown]
+
+
+def _fitted(shown: ShownText, data: Data) -> ShownText:
+    """Cut, or refused, as preparation would."""
+    length, limit = len(shown.tokens), data.max_length
+    if length <= limit:
+        return shown
+    if data.too_long != "truncate" or not any(shown.trained[:limit]):
+        raise RowError("too_long", f"{length:,} tokens; data.max_length is {limit:,}")
+    cut = {name: getattr(shown, name)[:limit] for name in ("tokens", "pieces", "trained", "control")}
+    return replace(shown, **cut, text="".join(cut["pieces"]), notes=[*shown.notes, TRUNCATED])
 
 
 def _names(part: list[Sequence]) -> list[str]:
@@ -67,11 +83,14 @@ def _names(part: list[Sequence]) -> list[str]:
 
 
 def _pieces(text: ModelText, rendered: str) -> list[str]:
-    """The characters of each token; of a character in several tokens, the first has it."""
+    """The characters of each token; of a character in several tokens, the first has it.
+
+    A piece reaches from where the one before ended, since some tokenizers leave spaces out of their offsets.
+    """
     pieces = []
     at = 0
-    for start, end in text.tokenizer.encode(rendered, add_special_tokens=False).offsets:
-        pieces.append(rendered[max(at, start) : end])
+    for _, end in text.tokenizer.encode(rendered, add_special_tokens=False).offsets:
+        pieces.append(rendered[at : max(at, end)])
         at = max(at, end)
     return pieces
 

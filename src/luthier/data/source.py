@@ -33,6 +33,7 @@ from luthier.extras import import_extra
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 PACKED = (".gz", ".zst")
 BLOCK_BYTES = 1 << 20
+_BLOCK_ROWS = 2048
 _HF = re.compile(r"hf:(?P<name>[^:]+)(?::(?P<config>[^:]+))?(?::(?P<split>[^:]+))?")
 
 Row = bytes | dict[str, Any] | RowError
@@ -234,10 +235,10 @@ def _read_file(path: Path, number: int) -> Iterator[Block]:
     ending = _ending(path)
     if ending == ".parquet" and path.suffix.lower() in PACKED:
         with _opened(path) as file, _spooled(partial(shutil.copyfileobj, file)) as plain:
-            yield from _parquet_blocks(plain, path.name, number)
+            yield from _blocks_of(_parquet_rows(plain, path.name), number)
         return
     if ending == ".parquet":
-        yield from _parquet_blocks(path, path.name, number)
+        yield from _blocks_of(_parquet_rows(path, path.name), number)
         return
     with _opened(path) as file:
         if ending == ".csv":
@@ -276,17 +277,26 @@ def _is_blank(row: Row) -> bool:
     return isinstance(row, bytes) and (not row or row.isspace())
 
 
-def _blocks_of(rows: Iterator[tuple[int, Row]], number: int, size: int = 2048) -> Iterator[Block]:
+def _blocks_of(rows: Iterator[tuple[int, Row]], number: int) -> Iterator[Block]:
+    """Rows in blocks of at most so many, and of about so many bytes: one row may be as large as a thousand others."""
     lines: list[int] = []
     kept: list[Row] = []
+    size = 0
     for line, row in rows:
         lines.append(line)
         kept.append(row)
-        if len(kept) == size:
-            yield Block(number, lines, kept, sum(len(row) if isinstance(row, bytes) else 200 for row in kept))
-            lines, kept = [], []
+        size += _row_bytes(row)
+        if len(kept) == _BLOCK_ROWS or size >= BLOCK_BYTES:
+            yield Block(number, lines, kept, size)
+            lines, kept, size = [], [], 0
     if kept:
-        yield Block(number, lines, kept, 0)
+        yield Block(number, lines, kept, size)
+
+
+def _row_bytes(row: Row) -> int:
+    if isinstance(row, bytes):
+        return len(row)
+    return sum(len(str(value)) for value in row.values()) if isinstance(row, dict) else 0
 
 
 def _csv_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, Row]]:
@@ -313,16 +323,16 @@ def _csv_rows(file: IO[bytes], name: str) -> Iterator[tuple[int, Row]]:
             raise DataError(f"{name}:{reader.line_num}: not valid CSV: {error}") from None
 
 
-def _parquet_blocks(path: Path, name: str, number: int) -> Iterator[Block]:
+def _parquet_rows(path: Path, name: str) -> Iterator[tuple[int, Row]]:
     parquet = import_extra("pyarrow.parquet", "parquet")
     pyarrow = import_extra("pyarrow", "parquet")
+    row = 0
     try:
-        row = 1
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=2048):
-                rows = [_without_nulls(each) for each in batch.to_pylist()]
-                yield Block(number, list(range(row, row + len(rows))), cast(list[Row], rows), batch.nbytes)
-                row += len(rows)
+            for batch in file.iter_batches(batch_size=256):
+                for found in batch.to_pylist():
+                    row += 1
+                    yield row, _without_nulls(found)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name}: not a parquet file, or a broken one: {_first_line(error)}") from None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jinja2
@@ -56,6 +56,38 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
+# Methods that look at the edges of a text only; content with white space at an edge is rendered in full anyway.
+_EDGE_METHODS = ("strip", "lstrip", "rstrip", "trim")
+
+
+def _watched_words(tree: nodes.Template) -> frozenset[str]:
+    """Texts that the template compares with, searches for or replaces: content with one may be treated specially."""
+    found: set[str] = set()
+    for node in tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test)):
+        if isinstance(node, nodes.Compare):
+            if not _is_role(node.expr):
+                found |= _texts_in([node.expr, *(operand.expr for operand in node.ops)])
+        elif isinstance(node, nodes.Call):
+            if isinstance(node.node, nodes.Getattr) and node.node.attr not in _EDGE_METHODS:
+                found |= _texts_in(node.args)
+        elif isinstance(node, nodes.Filter | nodes.Test):
+            found |= _texts_in(node.args)
+    return frozenset(found - {""})
+
+
+def _is_role(node: nodes.Node) -> bool:
+    """`message.role` and `message['role']`: what they are compared with says nothing of contents."""
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "role"
+    return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "role"
+
+
+def _texts_in(parts: Iterable[nodes.Node]) -> set[str]:
+    """The texts among these expressions, and in lists of them."""
+    whole = [inner for part in parts for inner in (part, *part.find_all((nodes.Const,)))]
+    return {node.value for node in whole if isinstance(node, nodes.Const) and isinstance(node.value, str)}
+
+
 class ChatTemplate:
     """One compiled template; `render` is a pure function of the conversation."""
 
@@ -77,8 +109,8 @@ class ChatTemplate:
             self._compiled = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise TemplateError(f"{name}: not a valid template: {error}", where=name) from None
-        # Jinja's keyword must open a block: the word alone may stand in a comment or a text.
         self.has_marks = "endgeneration" in source
+        self.watched = _watched_words(environment.parse(source))
 
     def render(
         self,
@@ -89,6 +121,8 @@ class ChatTemplate:
         show_marks: bool = False,
     ) -> str:
         """The conversation as one text; raises RowError when the template refuses it."""
+        if any("reasoning_content" in message for message in messages):
+            messages = [_with_thinking(message) for message in messages]
         try:
             return self._compiled.render(
                 messages=messages,
@@ -104,11 +138,17 @@ class ChatTemplate:
             jinja2.TemplateError,
             TypeError,
             ValueError,
-            KeyError,
+            LookupError,
             AttributeError,
-            OverflowError,
+            ArithmeticError,
         ) as error:
             said = " ".join(str(error).split())[:200]
             raise RowError("template_refused", f"the chat template fails: {type(error).__name__}: {said}") from None
         except (MemoryError, RecursionError) as error:
             raise TemplateError(f"{self.name}: the template ran away ({type(error).__name__})") from None
+
+
+def _with_thinking(message: Message) -> Message:
+    """Thinking under every name that templates read it by: GPT-OSS says `thinking`, others `reasoning`."""
+    thought = message.get("reasoning_content")
+    return message if thought is None else {**message, "thinking": thought, "reasoning": thought}

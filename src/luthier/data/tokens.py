@@ -114,7 +114,6 @@ class ModelText:
         """Bytes of text behind each token id, where the tokenizer is byte-level and so loses none; else None."""
         if not _is_byte_level(self._facts):
             return None
-        lengths = np.zeros(self.tokenizer.get_vocab_size(with_added_tokens=True) + 1, np.int64)
         vocabulary = self._facts["model"]["vocab"]
         size = max([*vocabulary.values(), *(t["id"] for t in self._facts.get("added_tokens", []))]) + 1
         lengths = np.zeros(size, np.int64)

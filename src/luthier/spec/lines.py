@@ -41,6 +41,6 @@ def find_yaml_lines(text: str) -> dict[str, int]:
 
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return {}  # JSON that is no YAML, as with tabs: errors then name keys without lines
     return dict(walk(root, "")) if root is not None else {}

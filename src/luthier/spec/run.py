@@ -71,6 +71,14 @@ def find_contradictions(spec: RunSpec) -> list[tuple[str, str]]:
         found.append(("evaluate.every_steps", "nothing is held out to evaluate on; set `data.valid`"))
     if spec.objective.kind == "pretrain" and spec.data.unroll:
         found.append(("data.unroll", 'has no meaning for objective "pretrain", which has no turns'))
+    is_pairs = spec.objective.kind in ("dpo", "simpo", "orpo")
+    if is_pairs and (spec.data.unroll or spec.data.train_on == "all"):
+        key = "unroll" if spec.data.unroll else "train_on"
+        found.append(
+            (f"data.{key}", f'has no meaning for objective "{spec.objective.kind}", which compares two answers')
+        )
+    if spec.data.unroll and spec.data.train_on == "all":
+        found.append(("data.unroll", 'trains one turn at a time, and `data.train_on` is "all"'))
     found += _beyond_engine(spec)
     return found
 

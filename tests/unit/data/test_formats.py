@@ -126,18 +126,18 @@ def test_chat_text_parts_are_joined() -> None:
 def test_chat_arguments_become_an_object() -> None:
     given = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1, "x"]}'}}
     row = {"messages": [turn("user", "a"), {"role": "assistant", "tool_calls": [given]}]}
-    expected = turn("assistant", None, tool_calls=[call("f", {"a": [1, "x"]}, "1")])
+    expected = turn("assistant", "", tool_calls=[call("f", {"a": [1, "x"]}, "1")])
     assert read(row) == Conversation([turn("user", "a"), expected])
 
 
 @pytest.mark.parametrize("given", [{"name": "f"}, {"function": {"name": "f", "arguments": ""}}])
 def test_chat_call_without_arguments_has_none(given: dict[str, Any]) -> None:
     row = {"messages": [turn("user", "a"), {"role": "assistant", "tool_calls": [given]}]}
-    assert read(row) == Conversation([turn("user", "a"), turn("assistant", None, tool_calls=[call("f", {})])])
+    assert read(row) == Conversation([turn("user", "a"), turn("assistant", "", tool_calls=[call("f", {})])])
 
 
 def test_chat_writes_arguments_as_text() -> None:
-    example = Conversation([turn("user", "a"), turn("assistant", None, tool_calls=[call("f", {"a": 1})])])
+    example = Conversation([turn("user", "a"), turn("assistant", "", tool_calls=[call("f", {"a": 1})])])
     (written,) = FORMATS["chat"].write(example)["messages"][1]["tool_calls"]
     assert written["function"] == {"name": "f", "arguments": '{"a":1}'}
     assert example.messages[1]["tool_calls"] == [call("f", {"a": 1})], "writing must not change the example"
@@ -208,7 +208,7 @@ def test_sharegpt_function_call_is_a_call_and_its_result() -> None:
     }
     example = read(row)
     check_example(example)
-    called = turn("assistant", None, tool_calls=[call("f", {"x": 1})])
+    called = turn("assistant", "", tool_calls=[call("f", {"x": 1})])
     messages = [turn("user", "a"), called, turn("tool", "42"), turn("assistant", "b")]
     assert example == Conversation(messages, [{"name": "f"}])
 

@@ -285,17 +285,17 @@ def test_several_processes_give_the_same_bytes(tmp_path: Path, monkeypatch: pyte
 def test_a_shape_that_proves_wrong_starts_over_without_learning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A template that treats one word specially: the learnt join differs, and every row is rendered in full."""
+    """A template that treats long contents specially: the learnt join differs, and every row is rendered in full."""
     shape = next(shape for shape in list_shapes() if shape.name == "chatml")
     model = shape.write_model(tmp_path / "model")
     template = (model / "chat_template.jinja").read_text()
-    trap = template.replace("turn.content", "turn.content | replace('magic', 'MAGIC')")
+    trap = template.replace("turn.content", "(turn.content | upper if turn.content | length > 8 else turn.content)")
     assert trap != template
     (model / "chat_template.jinja").write_text(trap)
     rows = write_rows(tmp_path / "rows.jsonl", [chat(f"magic {n}", "magic too") for n in range(10)])
     done = prepared(rows, tmp_path, model=model, valid=0)
     assert done.summary["learnt_shapes"] is False
-    assert trained_texts(done, done.train)[0] == "MAGIC too<|im_end|>"
+    assert trained_texts(done, done.train)[0] == "MAGIC TOO<|im_end|>"
 
 
 def test_learning_never_changes_a_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,3 +158,38 @@ def test_a_wrong_value_points_at_the_line_of_their_key(text: str, path: str, lin
     error = refusal(text)
     assert f"`{path}`" in error.message
     assert error.where == f"job.toml:{line}"
+
+
+@pytest.mark.parametrize(
+    ("text", "ours", "keys"),
+    [
+        ('[job]\nmodel = "a/one"\n[model]\nsource = "b/two"', "model.base", ("job.model", "model.source")),
+        (JOB + 'data = "one.jsonl"\ndata_path = "two.jsonl"', "data.train", ("job.data", "job.data_path")),
+        (
+            JOB + '[hyperparameters]\ntrain_kind = "peft"\nlora_rank = 4\n[training.lora]\nrank = 8',
+            "method.rank",
+            ("hyperparameters.lora_rank", "training.lora.rank"),
+        ),
+    ],
+    ids=["model", "data", "rank"],
+)
+def test_of_two_keys_for_one_thing_the_loser_is_noted(text: str, ours: str, keys: tuple[str, str]) -> None:
+    loaded = load(text)
+    lines = text.splitlines()
+    winning_line = lines[int(loaded.origins[ours].rpartition(":")[2]) - 1]
+    loser = keys[0] if winning_line.startswith(f"{keys[1].rpartition('.')[2]} =") else keys[1]
+    assert [note for note in loaded.notes if note.startswith(f"`{loser} =")], loaded.notes
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('[training]\nuse_qlora = "false"', "training.use_qlora"),
+        ('[training.validation]\nenabled = "false"', "training.validation.enabled"),
+    ],
+)
+def test_a_switch_given_as_text_is_refused(text: str, key: str) -> None:
+    """Any text is true to Python, `"false"` too."""
+    error = refusal(JOB + text)
+    assert error.exit_code == 2
+    assert key in error.message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,10 @@ def show(
     if not flags["flag_model"] and not file.endswith((".toml", ".yaml", ".yml")):
         raise CallError("no model to render with", hint="give --model MODEL, for instance --model practice")
     spec = _spec_of(file, flags, settings)
-    options = read_options(spec, any_kind=flags["flag_objective"] is None)
+    # A few rows need no shortcuts, and so nothing that could prove wrong half way.
+    options = replace(
+        read_options(spec, any_kind=flags["flag_objective"] is None), learn_shapes=False, fast_tokenizer=False
+    )
     assert options.model_folder is not None
     text = ModelText(options.model_folder, chat_template=options.chat_template)
     reader = RowReader(options, (file,))
@@ -148,7 +152,7 @@ def _find_rows(
     rows = 0
     assert spec.data.train is not None
     with open_source(spec.data.train, split=split) as source:
-        for block in source.blocks():
+        for block in source.blocks(limit=spec.data.examples):
             for line, row in zip(block.lines, block.rows, strict=True):
                 if only is not None and line != only:
                     continue
@@ -168,7 +172,7 @@ def _find_rows(
 
 
 def _print_shown(shown: list[ShownText]) -> None:
-    from luthier.data.spans import NOTES
+    from luthier.data.notes import NOTES
 
     colour = has_colour()
     for each in shown:
@@ -318,16 +322,16 @@ def split_command(
     train, valid = (
         (Path(out) / "train.jsonl", Path(out) / "valid.jsonl") if out else (Path(str(train_out)), Path(str(valid_out)))
     )
-    with progress_bar("reading rows", quiet=as_json) as progress:
-        prepared = prepare_data(
-            spec,
-            with_model=bool(flags["flag_model"]),
-            any_kind=flags["flag_objective"] is None,
-            split=split,
-            progress=progress,
-        )
     with open_source(file, split=split) as source:
-        part_rows(source, prepared, train, valid)
+        with progress_bar("reading rows", quiet=as_json) as progress:
+            prepared = prepare_data(
+                spec,
+                with_model=bool(flags["flag_model"]),
+                any_kind=flags["flag_objective"] is None,
+                progress=progress,
+                opened=source,
+            )
+        part_rows(source, prepared, train, valid, limit=spec.data.examples)
     if as_json:
         print_json({"train_out": str(train), "valid_out": str(valid), **prepared.summary})
         return 0

@@ -16,6 +16,9 @@ NAME = "chat"
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _PLAIN = {"role", "content"}
 _CLOSE_ENOUGH = 0.8
+# Our key, and the keys people write it under.
+_SPELLINGS = [(key, key) for key in ("reasoning_content", "tool_call_id", "name")]
+_SPELLINGS += [("reasoning_content", "thinking"), ("reasoning_content", "reasoning")]
 
 
 def matches(row: dict[str, Any]) -> bool:
@@ -55,7 +58,8 @@ def _read_message(raw: Any, number: int) -> Message:
     if extras := raw.keys() - _PLAIN:
         _check_spelling(extras, number)
         _read_extras(raw, message, number)
-    if message["content"] is None and not message.get("tool_calls"):
+    if message["content"] is None:
+        # Beside a call OpenAI writes null; a template that prints the content would print `None`.
         message["content"] = ""
     return message
 
@@ -68,8 +72,8 @@ def _check_spelling(keys: set[str], number: int) -> None:
 
 
 def _read_extras(raw: dict[str, Any], message: Message, number: int) -> None:
-    for key in ("reasoning_content", "tool_call_id", "name"):
-        if (value := raw.get(key)) is not None:
+    for key, theirs in _SPELLINGS:
+        if (value := raw.get(theirs)) is not None:
             if isinstance(value, bool) or not isinstance(value, str | int):
                 raise RowError("wrong_type", f"message {number}: `{key}` must be text, found {type(value).__name__}")
             message[key] = str(value)

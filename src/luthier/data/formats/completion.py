@@ -21,7 +21,9 @@ def read(row: dict[str, Any]) -> Conversation:
     """The prompt as the user's turn (or turns), the completion as the assistant's."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        messages = read_messages([*prompt, *completion])
+        # An assistant turn in the prompt is an example shown to the model, not an answer to learn.
+        shown = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in read_messages(prompt)]
+        messages = [*shown, *read_messages(completion)]
     else:
         messages = [
             {"role": "user", "content": read_text(row, "prompt")},

@@ -107,6 +107,21 @@ class _Reader:
         if (value := self.take(theirs)) is not None:
             done.put(ours, value, theirs)
 
+    def move_first(self, done: Translation, theirs: tuple[str, ...], ours: str) -> None:
+        """Move the first of several keys that mean the same; another that was given beside it is noted."""
+        given = [(key, value) for key in theirs if (value := self.take(key)) is not None]
+        for key, value in given[:1]:
+            done.put(ours, value, key)
+        for key, value in given[1:]:
+            done.note_unused(key, value, f"`{given[0][0]}` says it already")
+
+    def take_switch(self, path: str) -> bool:
+        """A key that is true or false, and false when it is not there."""
+        found = self.take(path)
+        if found is not None and not isinstance(found, bool):
+            raise SpecError(f"`{path}`: expected true or false, found {found!r}")
+        return bool(found)
+
     def leftovers(self) -> list[str]:
         return sorted(_leaves(self._tables, ""))
 
@@ -124,16 +139,14 @@ def _leaves(table: dict[str, Any], prefix: str) -> list[str]:
 
 
 def _translate_job(job: _Reader, done: Translation) -> None:
-    job.move(done, "job.model", "model.base")
-    job.move(done, "model.source", "model.base")
-    job.move(done, "job.data", "data.train")
-    job.move(done, "job.data_path", "data.train")
+    job.move_first(done, ("job.model", "model.source"), "model.base")
+    job.move_first(done, ("job.data", "job.data_path"), "data.train")
     if (valid := job.take("data.validation_path")) is not None:
         done.put("data.valid", valid, "data.validation_path")
 
 
 def _translate_method(job: _Reader, done: Translation) -> None:
-    wants_qlora = job.take("training.use_qlora")
+    wants_qlora = job.take_switch("training.use_qlora")
     kind = job.take("hyperparameters.train_kind")
     variety = job.take("algorithm.variety")
     theirs = "training.use_qlora" if wants_qlora else "hyperparameters.train_kind" if kind else "algorithm.variety"
@@ -151,8 +164,7 @@ def _translate_hyperparameters(job: _Reader, done: Translation) -> None:
         job.move(done, f"hyperparameters.{theirs}", ours)
     if (epochs := job.take("hyperparameters.n_epochs")) is not None:
         done.put("optim.epochs", float(epochs) if isinstance(epochs, int) else epochs, "hyperparameters.n_epochs")
-    for theirs in ("hyperparameters.lora_rank", "training.lora.rank", "lora.rank"):
-        job.move(done, theirs, "method.rank")
+    job.move_first(done, ("hyperparameters.lora_rank", "training.lora.rank", "lora.rank"), "method.rank")
     _translate_batch(job, done)
 
 
@@ -177,7 +189,7 @@ def _translate_batch(job: _Reader, done: Translation) -> None:
 
 def _translate_validation(job: _Reader, done: Translation) -> None:
     prefix = "training.validation."
-    enabled = job.take(prefix + "enabled")
+    enabled = job.take_switch(prefix + "enabled")
     steps = job.take(prefix + "eval_steps")
     metric = job.take(prefix + "metric_for_best_model")
     keeps_best = job.take(prefix + "save_best_model_at_end")

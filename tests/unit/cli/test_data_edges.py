@@ -1,0 +1,112 @@
+"""Data commands at their edges: standard input read twice, a few examples, long rows, specs that cannot hold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from luthier.cli.main import main
+from tests.unit.cli.test_data import Captured, chat, read_json, write
+
+LUTHIER = str(Path(sys.executable).with_name("luthier"))
+
+
+def pipe(*call: str, rows: list[str]) -> subprocess.CompletedProcess[str]:
+    """A call of the command line with rows at its standard input."""
+    return subprocess.run([LUTHIER, *call], input="".join(f"{row}\n" for row in rows), capture_output=True, text=True)
+
+
+def test_split_of_standard_input_writes_its_rows(tmp_path: Path) -> None:
+    rows = [chat(f"q{n}") for n in range(20)]
+    done = pipe("data", "split", "-", "--valid", "5", "-o", str(tmp_path / "out"), rows=rows)
+    assert done.returncode == 0, done.stderr
+    train, valid = ((tmp_path / "out" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "valid"))
+    assert (len(train), len(valid)) == (15, 5)
+    assert sorted(train + valid) == sorted(rows)
+
+
+def test_standard_input_is_not_two_files() -> None:
+    done = pipe("data", "check", "-", "--valid", "-", rows=[chat("a"), chat("b")])
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_split_of_some_examples_writes_those(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", *(chat(f"q{n}") for n in range(30)))
+    assert main(["data", "split", file, "--examples", "10", "--valid", "2", "-o", str(tmp_path / "out")]) == 0
+    written = [(tmp_path / "out" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "valid")]
+    assert [len(rows) for rows in written] == [8, 2]
+    assert sorted(written[0] + written[1]) == sorted(chat(f"q{n}") for n in range(10))
+
+
+def test_show_cuts_what_training_would_cut(tmp_path: Path, capsys: Captured) -> None:
+    file = write(tmp_path / "rows.jsonl", json.dumps({"text": "one two three " * 20}))
+    call = ["data", "show", file, "--model", "practice", "--max-length", "8", "--json"]
+    assert main([*call, "--too-long", "truncate"]) == 0
+    (row,) = read_json(capsys)["rows"]
+    assert len(row["tokens"]) == len(row["trained"]) == len(row["pieces"]) == 8
+    assert row["notes"] == ["truncated"]
+
+
+def test_show_cuts_the_end_of_an_answer(tmp_path: Path, capsys: Captured) -> None:
+    file = write(tmp_path / "rows.jsonl", chat("a", "yes " * 60))
+    call = ["data", "show", file, "--model", "practice", "--max-length", "24", "--too-long", "truncate", "--json"]
+    assert main(call) == 0
+    (row,) = read_json(capsys)["rows"]
+    assert len(row["tokens"]) == 24
+    assert row["trained_text"].startswith("yes yes")
+    assert "<|im_end|>" not in row["trained_text"]
+
+
+def test_show_says_which_rows_are_too_long_to_train(tmp_path: Path, capsys: Captured) -> None:
+    file = write(tmp_path / "rows.jsonl", chat("a", "yes " * 60), chat("b"))
+    main(["data", "show", file, "--model", "practice", "--max-length", "24", "--too-long", "drop", "--json"])
+    shown = read_json(capsys)
+    assert [(entry["line"], entry["reason"]) for entry in shown["rejected"]] == [(1, "too_long")]
+    assert [row["line"] for row in shown["rows"]] == [2]
+
+
+def test_show_of_a_template_that_cannot_be_learnt(tmp_path: Path, capsys: Captured) -> None:
+    file = write(tmp_path / "rows.jsonl", *(chat(f"magic {n}", "magic too") for n in range(3)))
+    template = tmp_path / "magic.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | replace('magic', 'MAGIC') }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert main(["data", "show", file, "--model", "practice", "--chat-template", str(template), "--json"]) == 0
+    assert [row["trained_text"] for row in read_json(capsys)["rows"]] == ["MAGIC too<|im_end|>"] * 3
+
+
+# -- specs
+
+
+@pytest.mark.parametrize(
+    ("tables", "key"),
+    [
+        ('[objective]\nkind = "dpo"\n[data]\nunroll = true', "data.unroll"),
+        ('[objective]\nkind = "dpo"\n[data]\ntrain_on = "all"', "data.train_on"),
+        ('[data]\nunroll = true\ntrain_on = "all"', ""),
+    ],
+    ids=["pairs unrolled", "pairs whole", "turns unrolled whole"],
+)
+def test_settings_of_data_that_contradict_each_other_are_refused(
+    tables: str, key: str, tmp_path: Path, capsys: Captured
+) -> None:
+    spec = tmp_path / "run.toml"
+    spec.write_text(f'[model]\nbase = "practice"\n{tables}\n')
+    assert main(["spec", "check", str(spec)]) == 2
+    said = capsys.readouterr().err
+    assert key in said
+    assert "data.unroll" in said or "data.train_on" in said
+
+
+@pytest.mark.parametrize("spell", ['{{"model": {}1{}}}', '{{"model": {{"base": {}1{}}}}}'], ids=["table", "value"])
+def test_a_json_spec_nested_too_deeply_is_refused(spell: str, tmp_path: Path, capsys: Captured) -> None:
+    spec = tmp_path / "run.json"
+    spec.write_text(spell.format("[" * 900, "]" * 900))
+    assert main(["spec", "check", str(spec)]) == 2
+    assert "run.json" in capsys.readouterr().err
