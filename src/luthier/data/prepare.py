@@ -19,7 +19,7 @@ import orjson
 import tokenizers
 
 from luthier.data import ledger
-from luthier.data.cache import build_once, cache_key, code_version, find_valid, write_array
+from luthier.data.cache import build_once, cache_key, code_version, write_array
 from luthier.data.hashes import Hashes
 from luthier.data.ledger import DROPPED, TRAIN, VALID, RowTable
 from luthier.data.notes import TRUNCATED
@@ -65,15 +65,17 @@ def prepare(
             sources.append(stack.enter_context(open_source(options.data.valid, split=split)))
         stamps = [source.stamps() for source in sources]
         folder = home / "tokens" / cache_key(_facts(options, sources, seed))
+        was_built = False
 
         def build(draft: Path) -> None:
+            nonlocal was_built
+            was_built = True
             _build(draft, options, sources, seed, progress)
             if [source.stamps() for source in sources] != stamps:
                 raise DataError("a data file changed while it was read", hint="run again when nobody writes to it")
 
-        was_cached = find_valid(folder) is not None
         build_once(folder, build)
-    done = Prepared(folder, was_cached)
+    done = Prepared(folder, was_cached=not was_built)
     _check_share(done.summary, options.data.max_rejected_share)
     return done
 

@@ -215,3 +215,21 @@ def test_real_templates_agree_with_the_markers_that_trl_gives_them() -> None:
     if not compared:
         pytest.skip("trl is not installed: make setup installs it")
     assert compared >= 20
+
+
+def test_no_real_template_leaves_its_header_in_a_turn() -> None:
+    """Prompts that go on to open `<think>` (QwQ, Qwen 3.5) once left `assistant` behind the cut."""
+    seen = 0
+    for path in _trl_templates():
+        if path.name.startswith(_VISION):
+            continue
+        plain = path.with_name(path.name.replace("_training", ""))
+        for source in {path.read_text("utf-8"), plain.read_text("utf-8") if plain.is_file() else ""} - {""}:
+            control = [*sorted(set(_CONTROL.findall(source))), "</s>"]
+            template = ChatTemplate(source, tokens={"bos_token": "<s>", "eos_token": "</s>"}, name=path.name)
+            finder = SpanFinder(template, control, ["<think>", "</think>"], "</s>")
+            for turn in turns(finder, [user("One"), assistant("Aone"), user("Two"), assistant("Atwo")]):
+                assert "assistant" not in turn.lower(), path.name
+                assert "One" not in turn
+                seen += 1
+    assert seen == 0 or seen >= 80
