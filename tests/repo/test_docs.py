@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from luthier.data.reasons import REASONS
 from luthier.data.notes import NOTES
+from luthier.data.reasons import REASONS
 from luthier.errors import LuthierError
 from luthier.spec.problems import list_kinds
 from luthier.spec.run import RunSpec
