@@ -96,10 +96,16 @@ def shape_model(name: str, folder: Path) -> Path:
     ("old", "new", "rare"),
     [
         ("{%- for turn", "{{- 'short' if '/no_think' in messages[0].content }}{%- for turn", "say it /no_think"),
+        (
+            "{%- for turn",
+            "{%- set word = '/no_think' %}{{- 'short' if word in messages[0].content }}{%- for turn",
+            "say it /no_think",
+        ),
+        ("{%- for turn", "{{- 'short' if '/no_think' in messages[0].content | lower }}{%- for turn", "SAY /NO_THINK"),
         ("turn.content", "turn.content | replace('\\n\\n', '\\n')", "first\n\nsecond"),
         ("turn.content", "turn.content | replace('  ', ' ')", "two  spaces"),
     ],
-    ids=["plain word", "blank line", "two spaces"],
+    ids=["plain word", "word in a variable", "word in any case", "blank line", "two spaces"],
 )
 def test_a_rare_word_that_the_template_minds_is_rendered_as_it_would(
     old: str, new: str, rare: str, tmp_path: Path
