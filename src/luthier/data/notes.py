@@ -7,6 +7,7 @@ DROPPED = "content_dropped"
 EOS = "eos_added"
 MARKS = "markers_differ"
 TRUNCATED = "truncated"
+END_CUT = "end_cut"
 LEAK = "prompt_in_train"
 
 NOTES = {
@@ -15,5 +16,6 @@ NOTES = {
     EOS: "the template ends the last turn with no token, so the end-of-sequence token was added",
     MARKS: "the template's generation markers differ from the turns as rendered",
     TRUNCATED: "the end was cut at data.max_length",
+    END_CUT: "no turn keeps its end-of-turn token behind the cut",
     LEAK: "the held-out row's prompt is trained too",
 }

@@ -22,7 +22,7 @@ from luthier.data import ledger
 from luthier.data.cache import build_once, cache_key, code_version, write_array
 from luthier.data.hashes import Hashes
 from luthier.data.ledger import DROPPED, TRAIN, VALID, RowTable
-from luthier.data.notes import TRUNCATED
+from luthier.data.notes import END_CUT
 from luthier.data.parallel import read_blocks
 from luthier.data.prepared import Prepared
 from luthier.data.rows import NOTE_BITS, ReadOptions, RowBatch, Stop
@@ -85,6 +85,7 @@ def _facts(options: ReadOptions, sources: list[Source], seed: int) -> dict[str, 
     data = options.data.model_dump(mode="json", exclude={"train", "max_rejected_share"})
     facts: dict[str, Any] = {"code": code_version(), "data": data, "objective": options.objective, "seed": seed}
     facts["rows"] = [source.content_hash() for source in sources]
+    facts["names"] = _distinct_names(sources)
     if isinstance(options.data.valid, str):
         data["valid"] = "file"
     if options.model_folder is not None:
@@ -244,7 +245,7 @@ class _Builder:
 
     def _check_ends(self, places: npt.NDArray[np.uint8]) -> None:
         """Stop when truncation took the end-of-turn token from every example: the model would never learn to stop."""
-        cut = (self._table.column("notes")[places == TRAIN] & NOTE_BITS[TRUNCATED]) > 0
+        cut = (self._table.column("notes")[places == TRAIN] & NOTE_BITS[END_CUT]) > 0
         if len(cut) and cut.all():
             raise MaskError(
                 f"data.max_length = {self._options.data.max_length} cuts every row, so none keeps its end of turn",

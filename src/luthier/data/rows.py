@@ -18,7 +18,7 @@ from luthier.data.check import check_example, check_json
 from luthier.data.example import Example
 from luthier.data.formats import find_format, get_format
 from luthier.data.hashes import content_hash, hash_bytes, prompt_hash
-from luthier.data.notes import NOTES, TRUNCATED
+from luthier.data.notes import END_CUT, NOTES, TRUNCATED
 from luthier.data.parse import check_parsed, parse_line
 from luthier.data.reasons import REASON_CODES, RowError
 from luthier.data.render import Renderer, Sequence
@@ -246,6 +246,7 @@ class RowReader:
                     draft.reasons[row] = REASON_CODES[error.reason]
                     draft.rejected.append(self.rejected(block.file, block.lines[row], block.rows[row], error))
             first += len(part)
+        draft.rejected.sort(key=lambda entry: int(entry["line"]))
 
     def _truncate(
         self,
@@ -262,8 +263,12 @@ class RowReader:
         position = np.arange(len(encoded.ids)) - np.repeat(encoded.offsets[:-1], full)
         cut = [own[own[:, 0] < limit].clip(max=limit) for own in ranges]
         rows = np.repeat(np.arange(len(draft.examples_of_row)), draft.examples_of_row)
-        for row in np.unique(rows[np.repeat(np.arange(len(per_example)), per_example)[full > limit]]):
+        rows_of_sequence = rows[np.repeat(np.arange(len(per_example)), per_example)]
+        ends_kept = np.array([(own[:, 1] <= limit).any() for own in ranges])
+        for row in np.unique(rows_of_sequence[full > limit]):
             draft.notes[row] |= NOTE_BITS[TRUNCATED]
+            if draft.kinds[row] != KINDS.index("text") and not ends_kept[rows_of_sequence == row].any():
+                draft.notes[row] |= NOTE_BITS[END_CUT]
         return encoded.ids[position < limit], np.minimum(full, limit).astype(np.uint32), cut
 
 

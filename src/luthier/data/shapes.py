@@ -9,6 +9,7 @@ difference ends learning for the whole run (`ShapeBroken`), which then starts ov
 from __future__ import annotations
 
 import re
+import string
 from dataclasses import dataclass
 
 from luthier.data.example import Message
@@ -44,7 +45,9 @@ class ShapeLearner:
         self._template = template
         self._shapes: dict[str, _Shape | None] = {}
         self._learn = learn and not template.has_marks
-        self._suspicious = re.compile("|".join([_MARKUP, *sorted(map(re.escape, template.watched))]))
+        watched = sorted(map(re.escape, template.watched))
+        # A template may look for its words in content that it lowered first.
+        self._suspicious = re.compile("|".join([_MARKUP, *watched]), re.IGNORECASE)
 
     def find(self, messages: list[Message], tools: list[dict[str, object]] | None = None) -> Rendering:
         """As SpanFinder.find, by joining where that is proved to be the same."""
@@ -79,7 +82,7 @@ class ShapeLearner:
         return self._suspicious.search(content) is not None
 
     def _learnt(self, roles: list[str]) -> _Shape | None:
-        """Learn a shape from a probe whose contents are words that stand nowhere else."""
+        """Learn a shape from a probe whose contents are words that stand nowhere else, and try it on difficult ones."""
         probe = [{"role": role, "content": f"Qz{index}q{role[0]}x"} for index, role in enumerate(roles)]
         try:
             done = self._finder.find(probe)
@@ -97,7 +100,36 @@ class ShapeLearner:
         if done.notes:
             return None
         reach = {i: (bounds[i][0] - start, end - bounds[i][1]) for i, (start, end) in done.turns.items()}
-        return _Shape(fixed, reach)
+        shape = _Shape(fixed, reach)
+        return shape if self._holds_for_difficult_contents(shape, roles) else None
+
+    def _holds_for_difficult_contents(self, shape: _Shape, roles: list[str]) -> bool:
+        """Whether joining equals rendering for contents that filters and methods treat in their own ways."""
+        for shift in range(0, len(_DIFFICULT) + 1, max(1, len(roles) - 1)):
+            contents = [_DIFFICULT[(shift + index) % len(_DIFFICULT)] for index in range(len(roles))]
+            messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+            try:
+                if self._template.render(messages) != _join(shape, contents).text:
+                    return False
+            except RowError:
+                return False
+        return True
+
+
+# Digits, length, several lines, cases, what HTML escapes, and every sign at both edges: filters such as `e`, `indent`,
+# `int`, slices and `strip('"')` show on one of these. Markup is not among them, since it is always rendered in full.
+_EDGES = [f"{sign}edge{sign}" for sign in string.punctuation if sign not in "<>[]{}|"]
+_DIFFICULT = [
+    "007",
+    "-7.50",
+    "1e3",
+    "true",
+    "Mixed Case here",
+    "two\nlines\n\nand a third\tone",
+    'Tom & Ann\'s "best"',
+    *_EDGES,
+]
+_DIFFICULT += [("long words and more of them, " * 90).strip(", "), "caf\u00e9 \u6f22\u5b57 \U0001f600", "a  b   c"]
 
 
 def _join(shape: _Shape, contents: list[str]) -> Rendering:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jinja2
@@ -56,23 +56,37 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
-# Methods that look at the edges of a text only; content with white space at an edge is rendered in full anyway.
-_EDGE_METHODS = ("strip", "lstrip", "rstrip", "trim")
-
-
 def _watched_words(tree: nodes.Template) -> frozenset[str]:
-    """Texts that the template compares with, searches for or replaces: content with one may be treated specially."""
-    found: set[str] = set()
-    for node in tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test)):
-        if isinstance(node, nodes.Compare):
-            if not _is_role(node.expr):
-                found |= _texts_in([node.expr, *(operand.expr for operand in node.ops)])
-        elif isinstance(node, nodes.Call):
-            if isinstance(node.node, nodes.Getattr) and node.node.attr not in _EDGE_METHODS:
-                found |= _texts_in(node.args)
-        elif isinstance(node, nodes.Filter | nodes.Test):
-            found |= _texts_in(node.args)
-    return frozenset(found - {""})
+    """Texts that the template does more with than print: content that holds one may be treated specially."""
+    return frozenset(_words_below(tree, is_printed=False)) - {""}
+
+
+def _words_below(node: nodes.Node, *, is_printed: bool) -> Iterator[str]:
+    """The watched texts of a part of a template; what an output prints as it stands is not watched."""
+    if isinstance(node, nodes.Const):
+        if isinstance(node.value, str) and not is_printed:
+            yield node.value
+        return
+    if isinstance(node, nodes.Compare) and _is_role(node.expr):
+        return
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+        yield from _words_below(node.node, is_printed=False)
+        return
+    if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr in _EDGE_METHODS:
+        yield from _words_below(node.node, is_printed=False)
+        yield from (word for arg in node.args for word in _words_below(arg, is_printed=False) if word.strip())
+        return
+    prints = isinstance(node, nodes.Output) or (is_printed and isinstance(node, _JOINERS))
+    for name, part in node.iter_fields():
+        for inner in part if isinstance(part, list) else [part]:
+            if isinstance(inner, nodes.Node):
+                yield from _words_below(inner, is_printed=prints and name != "test")
+
+
+# Methods that look at the edges of a text; what has white space there is rendered in full anyway.
+_EDGE_METHODS = ("strip", "lstrip", "rstrip", "trim")
+# What an output may be made of without looking at it.
+_JOINERS = (nodes.Add, nodes.Concat, nodes.CondExpr)
 
 
 def _is_role(node: nodes.Node) -> bool:
@@ -80,12 +94,6 @@ def _is_role(node: nodes.Node) -> bool:
     if isinstance(node, nodes.Getattr):
         return node.attr == "role"
     return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "role"
-
-
-def _texts_in(parts: Iterable[nodes.Node]) -> set[str]:
-    """The texts among these expressions, and in lists of them."""
-    whole = [inner for part in parts for inner in (part, *part.find_all((nodes.Const,)))]
-    return {node.value for node in whole if isinstance(node, nodes.Const) and isinstance(node.value, str)}
 
 
 class ChatTemplate:

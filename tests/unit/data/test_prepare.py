@@ -188,7 +188,7 @@ def test_long_rows_are_counted_by_the_whole_conversation(too_long: str, tmp_path
     assert (done.summary["train"], done.summary["reasons"]) == expected
     assert max(int(done.lengths[s]) for e in done.train for s in done.sequences_of(int(e))) <= 40
     if too_long == "truncate":
-        assert ledger(done)[2]["notes"] == ["truncated"]
+        assert ledger(done)[2]["notes"] == ["truncated", "end_cut"]
 
 
 def test_too_long_error_names_the_rows(tmp_path: Path) -> None:
@@ -285,17 +285,18 @@ def test_several_processes_give_the_same_bytes(tmp_path: Path, monkeypatch: pyte
 def test_a_shape_that_proves_wrong_starts_over_without_learning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A template that treats long contents specially: the learnt join differs, and every row is rendered in full."""
+    """A template that treats contents of one length specially: the learnt join differs, and every row is rendered in full."""
     shape = next(shape for shape in list_shapes() if shape.name == "chatml")
     model = shape.write_model(tmp_path / "model")
     template = (model / "chat_template.jinja").read_text()
-    trap = template.replace("turn.content", "(turn.content | upper if turn.content | length > 8 else turn.content)")
+    loud = "(turn.content | upper if turn.content | length == 11 else turn.content)"
+    trap = template.replace("turn.content", loud)
     assert trap != template
     (model / "chat_template.jinja").write_text(trap)
-    rows = write_rows(tmp_path / "rows.jsonl", [chat(f"magic {n}", "magic too") for n in range(10)])
+    rows = write_rows(tmp_path / "rows.jsonl", [chat(f"magic {n}", "magic three") for n in range(10)])
     done = prepared(rows, tmp_path, model=model, valid=0)
     assert done.summary["learnt_shapes"] is False
-    assert trained_texts(done, done.train)[0] == "MAGIC TOO<|im_end|>"
+    assert trained_texts(done, done.train)[0] == "MAGIC THREE<|im_end|>"
 
 
 def test_learning_never_changes_a_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

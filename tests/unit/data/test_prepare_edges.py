@@ -89,6 +89,18 @@ def shape_model(name: str, folder: Path) -> Path:
     return next(shape for shape in list_shapes() if shape.name == name).write_model(folder)
 
 
+def assert_joined_as_rendered(rows: list[Any], model: Path, home: Path) -> None:
+    """Every row's tokens are those of its full rendering, whatever was learnt."""
+    done = prepared(rows, home, model=model)
+    text = ModelText(model)
+    template = text.build_template()
+    assert template is not None
+    assert len(done.train) == len(rows)
+    for row, example in zip(rows, done.train, strict=True):
+        whole = text.tokenizer.encode(template.render(row["messages"]), add_special_tokens=False).ids
+        assert done.tokens_of(done.sequences_of(int(example))[0]).tolist() == whole
+
+
 # -- learnt shapes
 
 
@@ -112,14 +124,7 @@ def test_a_rare_word_that_the_template_minds_is_rendered_as_it_would(
 ) -> None:
     model = chatml_with(old, new, tmp_path / "model")
     rows = [chat(f"{rare} {n}" if n % 10 == 9 else f"question {n}", f"answer {n}") for n in range(60)]
-    done = prepared(rows, tmp_path, model=model)
-    text = ModelText(model)
-    template = text.build_template()
-    assert template is not None
-    assert len(done.train) == len(rows)
-    for row, example in zip(rows, done.train, strict=True):
-        whole = text.tokenizer.encode(template.render(row["messages"]), add_special_tokens=False).ids
-        assert done.tokens_of(done.sequences_of(int(example))[0]).tolist() == whole
+    assert_joined_as_rendered(rows, model, tmp_path)
 
 
 # -- what a row may not say
@@ -331,3 +336,23 @@ def test_pieces_keep_the_spaces_that_a_post_processor_trims(tmp_path: Path) -> N
     (shown,) = show_row(reader, ModelText(model), 1, orjson.dumps(chat("one two", "three four five")))
     assert "".join(shown.pieces) == shown.text
     assert shown.trained_text == "three four five<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "turn.content | e",
+        "turn.content | indent(2)",
+        "turn.content[:200]",
+        "turn.content | wordwrap(79)",
+        "(turn.content | int if turn.content.isdigit() else turn.content)",
+        "turn.content.strip('!')",
+        "turn.content.replace('\\n\\n', '\\n')",
+    ],
+)
+def test_a_use_of_contents_that_shows_only_on_some_is_never_joined(use: str, tmp_path: Path) -> None:
+    """Filters and methods that leave plain words alone would otherwise be learnt as if they did nothing."""
+    model = chatml_with("turn.content", use, tmp_path / "model")
+    hard = ["Tom & Ann", "one\ntwo\n\nthree", "007", "well!", "long words " * 60]
+    rows = [chat(f"q{n}", hard[n % 5] if n % 7 == 0 else f"a{n}") for n in range(70)]
+    assert_joined_as_rendered(rows, model, tmp_path)
