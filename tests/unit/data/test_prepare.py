@@ -285,7 +285,7 @@ def test_several_processes_give_the_same_bytes(tmp_path: Path, monkeypatch: pyte
 def test_a_shape_that_proves_wrong_starts_over_without_learning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A template that treats contents of one length specially: the learnt join differs, and every row is rendered in full."""
+    """A template that treats contents of one length specially: the join differs, and every row is rendered in full."""
     shape = next(shape for shape in list_shapes() if shape.name == "chatml")
     model = shape.write_model(tmp_path / "model")
     template = (model / "chat_template.jinja").read_text()
