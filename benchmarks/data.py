@@ -7,6 +7,7 @@ that both sides give the same token ids and the same trained tokens on a sample.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import multiprocessing
@@ -142,7 +143,9 @@ def measure_preparation(folder: Path, count: int, rounds: int) -> None:
     templates = Path(__file__).parents[1] / "tests" / "templates"
     chatml, marked = ((templates / f"{name}.jinja").read_text() for name in ("chatml", "chatml_generation"))
     ours_chatml = model_with_template(folder / "chatml", chatml)
-    ours_qwen3 = model_with_template(folder / "qwen3", (templates / "qwen3.jinja").read_text())
+    published = importlib.util.find_spec("trl").submodule_search_locations[0]
+    qwen3 = Path(published, "chat_templates", "qwen3.jinja").read_text()
+    ours_qwen3 = model_with_template(folder / "qwen3", qwen3)
     trl = Trl(ours_chatml, marked, folder)
     sides: dict[str, Callable[[], Any]] = {
         "luthier, ChatML": lambda: prepare_ours(rows, ours_chatml, folder / "home"),
