@@ -20,6 +20,8 @@ CALLS = {
     "spec check": ["spec", "check", "recipes/demo-qlora.toml"],
 }
 LIMIT_SECONDS = 0.15
+# What importing click takes where the limit was set; a slower machine gets as much more time for both.
+CLICK_SECONDS = 0.035
 ENTER = "from luthier.cli.main import entry; entry()"
 RUN = "import sys; from luthier.cli.main import main; code = main(sys.argv[1:])"
 SHOW_MODULES = "import json; sys.stderr.write(json.dumps([code, sorted(sys.modules)]))"
@@ -38,13 +40,18 @@ def test_the_command_line_starts_light(call: list[str], root: Path) -> None:
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_the_command_line_starts_fast(call: list[str], root: Path) -> None:
     # The quickest of ten tries at most: what else the machine does is not ours. The first try compiles the modules.
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    limit = LIMIT_SECONDS * max(1.0, min(seconds_of(root, "import click") for _ in range(5)) / CLICK_SECONDS)
     tries: list[float] = []
-    while len(tries) < 10 and (not tries or min(tries) >= LIMIT_SECONDS):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", ENTER, *call], cwd=root, env=env, capture_output=True, check=True)
-        tries.append(time.perf_counter() - started)
-    assert min(tries) < LIMIT_SECONDS, f"{len(tries)} tries took {', '.join(f'{each:.3f}' for each in tries)} s"
+    while len(tries) < 10 and (not tries or min(tries) >= limit):
+        tries.append(seconds_of(root, ENTER, *call))
+    assert min(tries) < limit, f"{len(tries)} tries took {', '.join(f'{each:.3f}' for each in tries)} s"
+
+
+def seconds_of(root: Path, code: str, *arguments: str) -> float:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, env=env, capture_output=True, check=True)
+    return time.perf_counter() - started
 
 
 IMPORT_ALL = """
