@@ -7,10 +7,12 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 from luthier.data.rows import ReadOptions, RowBatch, RowReader
 from luthier.data.source import Block
+from luthier.errors import DataError
 
 # Below this a second process costs more to start than it saves.
 PARALLEL_BYTES = 24 << 20
@@ -43,6 +45,11 @@ def read_blocks(
     pool = ProcessPoolExecutor(cores, context, initializer=_start_reader, initargs=(options, names))
     try:
         yield _in_order(pool, blocks, 2 * cores)
+    except BrokenProcessPool:
+        raise DataError(
+            "a process that read rows was killed, most likely for memory",
+            hint="free some memory and run again; nothing was cached",
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

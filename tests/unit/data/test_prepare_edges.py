@@ -5,7 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import multiprocessing
+import os
 import shutil
+import signal
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import orjson
 import pytest
 
 from luthier.data import ledger as ledgers
+from luthier.data import parallel, source
 from luthier.data.ledger import RowTable
 from luthier.data.prepare import prepare
 from luthier.data.prepared import Prepared
@@ -23,7 +27,7 @@ from luthier.data.rows import ReadOptions, RowReader
 from luthier.data.show import show_row
 from luthier.data.source import Block, open_source
 from luthier.data.tokens import ModelText
-from luthier.errors import MaskError
+from luthier.errors import DataError, MaskError
 from luthier.runs.resolve import practice_folder
 from luthier.spec.data import Data
 from tests.builders import write_jsonl
@@ -356,3 +360,18 @@ def test_a_use_of_contents_that_shows_only_on_some_is_never_joined(use: str, tmp
     hard = ["Tom & Ann", "one\ntwo\n\nthree", "007", "well!", "long words " * 60]
     rows = [chat(f"q{n}", hard[n % 5] if n % 7 == 0 else f"a{n}") for n in range(70)]
     assert_joined_as_rendered(rows, model, tmp_path)
+
+
+def test_a_reading_process_that_is_killed_is_an_error_and_not_a_crash(tmp_path: Path, monkeypatch: Any) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [chat(f"q{n} " + "w " * 300) for n in range(4000)])
+    monkeypatch.setattr(parallel, "PARALLEL_BYTES", 0)
+    # Many small blocks, so that most of them are still to be read when the first is done.
+    monkeypatch.setattr(source, "BLOCK_BYTES", 1 << 14)
+
+    def kill_one(rows_read: int, *_: int) -> None:
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+    options = ReadOptions(Data(train=str(rows), valid=0), "sft", practice_folder())
+    with pytest.raises(DataError, match="was killed"):
+        prepare(options, seed=0, home=tmp_path, progress=kill_one)
+    assert list((tmp_path / "tokens").iterdir()) == []
