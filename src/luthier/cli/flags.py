@@ -63,12 +63,10 @@ FLAGS = {
         Flag("seed", "seed", "N", is_text=False),
     )
 }
-DATA_FLAGS = (
-    "valid",
+# What decides how one row is read, and what decides the places of all of them.
+ROW_FLAGS = (
     "format",
-    "group-by",
     "examples",
-    "max-rejected-share",
     "max-length",
     "too-long",
     "train-on",
@@ -76,8 +74,8 @@ DATA_FLAGS = (
     "unroll",
     "chat-template",
     "objective",
-    "seed",
 )
+DATA_FLAGS = (*ROW_FLAGS, "valid", "group-by", "max-rejected-share", "seed")
 
 
 class SpecOption(click.Option):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from luthier.cli.flags import DATA_FLAGS, read_overrides, spec_flags
+from luthier.cli.flags import DATA_FLAGS, ROW_FLAGS, read_overrides, spec_flags
 from luthier.cli.output import Group, has_colour, print_json, progress_bar, say, warn
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _list_rejected(folder: Path, count: int) -> None:
 @click.option("--row", type=int, metavar="LINE", help="Show the row on this line only.")
 @click.option("--html", "page", metavar="OUT", help="Write a page instead.")
 @click.option("--split", metavar="NAME", help="Split of a hub dataset.")
-@spec_flags("model", *DATA_FLAGS)
+@spec_flags("model", *ROW_FLAGS)
 def show(
     file: str,
     count: int,
