@@ -13,6 +13,7 @@ import string
 from dataclasses import dataclass
 
 from luthier.data.example import Message
+from luthier.data.notes import EOS
 from luthier.data.reasons import RowError
 from luthier.data.spans import Rendering, Span, SpanFinder
 from luthier.data.template import ChatTemplate
@@ -30,10 +31,15 @@ class ShapeBroken(Exception):
 
 @dataclass(slots=True)
 class _Shape:
-    """Fixed texts between the contents, and each turn's reach before and behind its content."""
+    """Fixed texts between the contents, and each turn's reach before and behind its content.
+
+    `added` is what stands behind the template's own text: the end-of-sequence token, where turns end with a header.
+    """
 
     fixed: list[str]
     reach: dict[int, Span]
+    added: str
+    notes: frozenset[str]
     seen: int = 0
 
 
@@ -67,7 +73,8 @@ class ShapeLearner:
         for content in contents:
             if self._is_suspicious(content):
                 # Where the text is the same, the contents stand at the same places in it, and so do the turns.
-                return done if self._template.render(messages) == done.text else self._finder.find(messages)
+                same = self._template.render(messages) + shape.added == done.text
+                return done if same else self._finder.find(messages)
         shape.seen += 1
         if shape.seen <= _ALWAYS_COMPARED or shape.seen % _COMPARED_EVERY == 0:
             whole = self._finder.find(messages)
@@ -97,10 +104,11 @@ class ShapeLearner:
             at = found + len(message["content"])
             bounds.append((found, at))
         fixed.append(done.text[at:])
-        if done.notes:
+        added = done.text[len(self._template.render(probe)) :]
+        if done.notes - {EOS}:
             return None
         reach = {i: (bounds[i][0] - start, end - bounds[i][1]) for i, (start, end) in done.turns.items()}
-        shape = _Shape(fixed, reach)
+        shape = _Shape(fixed, reach, added, frozenset(done.notes))
         return shape if self._holds_for_difficult_contents(shape, roles) else None
 
     def _holds_for_difficult_contents(self, shape: _Shape, roles: list[str]) -> bool:
@@ -109,7 +117,7 @@ class ShapeLearner:
             contents = [_DIFFICULT[(shift + index) % len(_DIFFICULT)] for index in range(len(roles))]
             messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
             try:
-                if self._template.render(messages) != _join(shape, contents).text:
+                if self._template.render(messages) + shape.added != _join(shape, contents).text:
                     return False
             except RowError:
                 return False
@@ -144,4 +152,4 @@ def _join(shape: _Shape, contents: list[str]) -> Rendering:
             before, behind = shape.reach[index]
             turns[index] = (at - before, at + len(content) + behind)
         at += len(content)
-    return Rendering("".join(parts), turns)
+    return Rendering("".join(parts), turns, set(shape.notes))

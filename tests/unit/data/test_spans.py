@@ -86,7 +86,7 @@ def test_joining_a_learnt_shape_equals_rendering(shape: Shape, messages: list[di
     for _ in range(7):  # past the rows that are always compared
         joined = learner.find(messages)
     whole = finder.find(messages)
-    assert (joined.text, joined.turns) == (whole.text, whole.turns)
+    assert (joined.text, joined.turns, joined.notes) == (whole.text, whole.turns, whole.notes)
 
 
 @every_shape
@@ -177,10 +177,10 @@ def test_markers_without_the_end_of_turn_stop_when_they_decide() -> None:
         narrow.finder(use_marks=True).find([user("One"), assistant("Aone")])
 
 
-def _trl_templates() -> list[Path]:
+def _trl_templates(pattern: str = "*_training.jinja") -> list[Path]:
     spec = importlib.util.find_spec("trl")
     places = spec.submodule_search_locations if spec else None
-    return sorted(Path(places[0], "chat_templates").glob("*_training.jinja")) if places else []
+    return sorted(Path(places[0], "chat_templates").glob(pattern)) if places else []
 
 
 # Control tokens as those templates spell them; vision templates take no plain text and are left out.
@@ -220,16 +220,15 @@ def test_real_templates_agree_with_the_markers_that_trl_gives_them() -> None:
 def test_no_real_template_leaves_its_header_in_a_turn() -> None:
     """Prompts that go on to open `<think>` (QwQ, Qwen 3.5) once left `assistant` behind the cut."""
     seen = 0
-    for path in _trl_templates():
+    for path in _trl_templates("*.jinja"):
         if path.name.startswith(_VISION):
             continue
-        plain = path.with_name(path.name.replace("_training", ""))
-        for source in {path.read_text("utf-8"), plain.read_text("utf-8") if plain.is_file() else ""} - {""}:
-            control = [*sorted(set(_CONTROL.findall(source))), "</s>"]
-            template = ChatTemplate(source, tokens={"bos_token": "<s>", "eos_token": "</s>"}, name=path.name)
-            finder = SpanFinder(template, control, ["<think>", "</think>"], "</s>")
-            for turn in turns(finder, [user("One"), assistant("Aone"), user("Two"), assistant("Atwo")]):
-                assert "assistant" not in turn.lower(), path.name
-                assert "One" not in turn
-                seen += 1
-    assert seen == 0 or seen >= 80
+        source = path.read_text("utf-8")
+        control = [*sorted(set(_CONTROL.findall(source))), "</s>"]
+        template = ChatTemplate(source, tokens={"bos_token": "<s>", "eos_token": "</s>"}, name=path.name)
+        finder = SpanFinder(template, control, ["<think>", "</think>"], "</s>")
+        for turn in turns(finder, [user("One"), assistant("Aone"), user("Two"), assistant("Atwo")]):
+            assert "assistant" not in turn.lower(), path.name
+            assert "One" not in turn
+        seen += 1
+    assert seen == 0 or seen >= 60
