@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from luthier.data.prepare import Progress, prepare
 from luthier.data.prepared import Prepared
 from luthier.data.rows import ReadOptions
 from luthier.data.source import Source
+from luthier.errors import DataError
 from luthier.runs.home import luthier_home
 from luthier.runs.resolve import resolve_model
 from luthier.spec.run import RunSpec
@@ -32,7 +34,21 @@ def prepare_data(
     split: str | None = None,
     progress: Progress | None = None,
     opened: Source | None = None,
+    may_be_empty: bool = False,
 ) -> Prepared:
     """The spec's rows, checked, split and tokenised into the token cache; found there when nothing changed."""
     options = read_options(spec, with_model=with_model, any_kind=any_kind)
-    return prepare(options, seed=spec.seed, home=luthier_home(), split=split, progress=progress, opened=opened)
+    done = prepare(options, seed=spec.seed, home=luthier_home(), split=split, progress=progress, opened=opened)
+    if done.summary["train"] == 0 and not may_be_empty:
+        raise nothing_left(done.summary)
+    return done
+
+
+def nothing_left(summary: dict[str, Any]) -> DataError:
+    """The error of a run that would train no row at all, with the reasons why."""
+    reasons = ", ".join(f"{count:,} {name}" for name, count in summary["reasons"].items()) or "all are held out"
+    return DataError(
+        f"nothing is left to train: of {summary['rows']:,} rows {summary['dropped']:,} were dropped ({reasons})",
+        hint="`luthier data check` lists them; data.max_length and data.valid decide most of it",
+        details=summary,
+    )

@@ -31,7 +31,7 @@ def test_recipe_loads_and_promises(name: str, root: Path) -> None:
         assert len(part) < 160
     assert about.command.endswith(f"{name}.toml")
     assert spec.method.kind in name or spec.objective.kind in name
-    assert re.search(r'^train = ".*" +# relative to this file', text, re.M), (
+    assert re.search(r'^train = ".*" +# (change it to your own rows|relative to this file: )', text, re.M), (
         "the owner of a copy must know what to edit"
     )
     if name in DEMOS:

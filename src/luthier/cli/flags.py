@@ -136,6 +136,10 @@ def _read_value(text: str) -> object:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        pass
+    try:
+        return float(text)  # `.5`, which TOML does not know
+    except ValueError:
         return text
 
 

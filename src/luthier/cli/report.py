@@ -44,7 +44,10 @@ def _print_tokens(summary: dict[str, Any]) -> None:
     usable = tokens["train"] + tokens["valid"]
     share = (trained["train"] + trained["valid"]) / usable if usable else 0.0
     say()
-    say(f"{usable:,} tokens, {share:.1%} of them trained ({summary['tokenizer']})")
+    examples = summary["examples"]["train"] + summary["examples"]["valid"]
+    rows = summary["train"] + summary["valid"]
+    named = f" in {examples:,} examples" if examples != rows else ""
+    say(f"{usable:,} tokens{named}, {share:.1%} of them trained ({summary['tokenizer']})")
     if not lengths:
         return
     say(

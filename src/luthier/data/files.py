@@ -42,6 +42,7 @@ def convert_rows(
     `limit` is the number of rows written at most. Bad rows go to `<out>.rejected.jsonl`, which exists only if there
     are any.
     """
+    _check_output(source, out)
     done = Written()
     seen_bytes = 0
     with _replacing(out) as file, _rejects(out) as refuse:
@@ -75,6 +76,8 @@ def part_rows(
     """
     if train_out == valid_out:
         raise CallError("the two outputs are the same file", hint="give --train-out and --valid-out different names")
+    for out in (train_out, valid_out):
+        _check_output(source, out)
     with (
         _replacing(train_out) as train,
         _replacing(valid_out) as valid,
@@ -90,6 +93,14 @@ def part_rows(
                     output.write(_as_line(row))
         if rows != prepared.summary["rows"]:
             raise LedgerError(f"{rows} rows were parted, and the ledger has {prepared.summary['rows']}")
+
+
+def _check_output(source: Source, out: Path) -> None:
+    """Rows are written as JSONL, and never over what they are read from."""
+    if str(out) != "-" and out.suffix not in (".jsonl", ".ndjson"):
+        raise CallError(f"{out}: rows are written as JSONL", hint="give the output the ending .jsonl")
+    if any(out.resolve() == path.resolve() for path in source.paths):
+        raise CallError(f"{out} is the file that the rows come from", hint="give the output another name")
 
 
 def _as_line(row: Row) -> bytes:

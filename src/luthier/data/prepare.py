@@ -273,6 +273,16 @@ class _Builder:
         for name, values in arrays.items():
             write_array(self._draft, name, values)
 
+    def _kept_lengths(self, places: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+        """Lengths of the sequences of all rows that were not dropped."""
+        per_row = self._table.column("examples")
+        row_of_example = np.repeat(np.arange(len(per_row)), per_row)
+        counts = np.concatenate([np.zeros(0, np.uint8), *self._sequence_counts])
+        is_kept = np.repeat(places[row_of_example] != DROPPED, counts)
+        lengths: npt.NDArray[np.uint32] = np.concatenate([np.zeros(0, np.uint32), *self._lengths])
+        kept: npt.NDArray[np.uint32] = lengths[is_kept]
+        return kept
+
     def _write_summary(
         self,
         counts: dict[str, Any],
@@ -280,7 +290,6 @@ class _Builder:
         leaked: npt.NDArray[np.bool_],
         hashes: dict[str, str],
     ) -> None:
-        lengths = self._table.column("longest")[places != DROPPED]
         tokens, trained = (self._table.column(name) for name in ("tokens", "trained"))
         summary = {
             "files": list(self._names),
@@ -303,7 +312,7 @@ class _Builder:
                 "trained_tokens": {
                     name: int(trained[places == code].sum()) for code, name in enumerate(ledger.PLACES[:2])
                 },
-                "lengths": describe_lengths(lengths),
+                "lengths": describe_lengths(self._kept_lengths(places)),
                 "max_length": self._options.data.max_length,
                 "tokenizer": self._tokenizer,
                 "learnt_shapes": self._options.learn_shapes,

@@ -28,7 +28,7 @@ _ALL = (
     Reason("wrong_columns", "the line has not the columns of the header"),
     Reason("unknown_format", "the row has the keys of no known format"),
     Reason("wrong_kind", "the row is of a kind that the objective does not train"),
-    Reason("missing_key", "a key that the format needs is missing"),
+    Reason("missing_key", "a key that the format or `data.group_by` needs is missing"),
     Reason("wrong_type", "a value is not of the type that the format needs"),
     Reason("unknown_role", "a message has a role that does not exist"),
     Reason("misspelt_key", "a message has a key that looks like a misspelling of a known one"),

@@ -6,6 +6,7 @@ A RowReader holds no state that decides a result, so blocks can be read by any p
 from __future__ import annotations
 
 import base64
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,9 @@ class RowReader:
         if self.data.group_by is None:
             return 0
         if self.data.group_by not in row:
-            raise RowError("missing_key", f"`{self.data.group_by}` is missing, by which rows are grouped")
+            close = difflib.get_close_matches(self.data.group_by, row, 1)
+            nearest = f"; did you mean `{close[0]}`?" if close else ""
+            raise RowError("missing_key", f"`{self.data.group_by}` is missing, by which rows are grouped{nearest}")
         return hash_bytes(orjson.dumps(row[self.data.group_by], default=str, option=orjson.OPT_SORT_KEYS))
 
     def _reject(self, draft: _Draft, file: int, line: int, row: Row, error: RowError) -> None:

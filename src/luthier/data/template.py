@@ -116,7 +116,8 @@ class ChatTemplate:
         try:
             self._compiled = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise TemplateError(f"{name}: not a valid template: {error}", where=name) from None
+            line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise TemplateError(f"{name}{line}: not a valid template: {error.message}", where=f"{name}{line}") from None
         self.has_marks = "endgeneration" in source
         self.watched = _watched_words(environment.parse(source))
 

@@ -62,6 +62,7 @@ class ModelText:
         special = {t["content"] for t in (*added, *declared) if t.get("special")}
         self.control_tokens = sorted(special | ({self.eos_token} - {""}))
         self.added_tokens = sorted({token["content"] for token in added})
+        self._given_template = chat_template
         self.template_source = self._find_template(chat_template)
         named = [self._named_token(key) for key in ("bos_token", "pad_token", "unk_token")]
         self.hash = hashlib.sha256(raw + orjson.dumps([*named, self.eos_token, self.control_tokens])).hexdigest()
@@ -77,7 +78,8 @@ class ModelText:
             return None
         tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         tokens |= {key: name for key in ("pad_token", "unk_token") if (name := self._named_token(key))}
-        return ChatTemplate(self.template_source, tokens=tokens, name=f"chat template of {self.folder.name}")
+        name = str(self._given_template) if self._given_template else f"chat template of {self.folder.name}"
+        return ChatTemplate(self.template_source, tokens=tokens, name=name)
 
     @property
     def text_prefix(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -34,7 +35,8 @@ def resolve_model(base: str, *, revision: str | None = None) -> Path:
     if base.startswith("ft:"):
         raise ModelError(f"no run on this machine has the id `{base}`", hint="name its folder instead")
     if base.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(base):
-        raise ModelError(f"no model at {base}", hint=_practice_hint())
+        is_close = difflib.get_close_matches(base, [PRACTICE], 1)
+        raise ModelError(f"no model at {base}", hint=f"did you mean `{PRACTICE}`?" if is_close else _practice_hint())
     return _checked(_from_hub(base, revision))
 
 

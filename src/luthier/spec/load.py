@@ -143,8 +143,12 @@ def _parse(text: str, kind: str, name: str) -> dict[str, Any]:
     except RecursionError:
         raise SpecError(f"{name}: nested too deeply", where=name) from None
     if not isinstance(tables, dict):
-        raise SpecError(f"{name}: expected tables at the top, found {type(tables).__name__}", where=name)
+        raise SpecError(f"{name}: expected tables at the top, found {_plain_type(tables)}", where=name)
     return tables
+
+
+def _plain_type(value: object) -> str:
+    return {"NoneType": "nothing", "list": "a list", "str": "text"}.get(type(value).__name__, "a value")
 
 
 def _toml_hint(message: str) -> str:

@@ -110,3 +110,65 @@ def test_a_json_spec_nested_too_deeply_is_refused(spell: str, tmp_path: Path, ca
     spec.write_text(spell.format("[" * 900, "]" * 900))
     assert main(["spec", "check", str(spec)]) == 2
     assert "run.json" in capsys.readouterr().err
+
+
+def test_an_output_is_never_the_input(tmp_path: Path, capsys: Captured) -> None:
+    """A split over its own source once lost the rows that it dropped."""
+    file = write(tmp_path / "rows.jsonl", *(chat(f"q{n}") for n in range(9)))
+    before = Path(file).read_bytes()
+    split = ["data", "split", file, "--valid", "2", "--train-out", file, "--valid-out", str(tmp_path / "v.jsonl")]
+    for call in (split, ["data", "convert", file, "--to", "sharegpt", "-o", file]):
+        assert main(call) == 2
+        assert "is the file that the rows come from" in capsys.readouterr().err
+    assert Path(file).read_bytes() == before
+
+
+def test_rows_are_written_as_jsonl_only(tmp_path: Path, capsys: Captured) -> None:
+    file = write(tmp_path / "rows.jsonl", chat("a"))
+    assert main(["data", "convert", file, "--to", "chat", "-o", str(tmp_path / "out.csv")]) == 2
+    assert "written as JSONL" in capsys.readouterr().err
+
+
+def test_nothing_left_to_train_is_no_success(tmp_path: Path, capsys: Captured) -> None:
+    file = write(tmp_path / "rows.jsonl", *(chat(f"{n} " + "long " * 50) for n in range(3)))
+    short = ["--model", "practice", "--max-length", "20"]
+    for call in (["train", "--data", file, "--dry-run"], ["data", "split", file, "-o", str(tmp_path / "out")]):
+        assert main([*call, *short]) == 1
+        assert "nothing is left to train: of 3 rows 3 were dropped (3 too_long)" in capsys.readouterr().err
+    assert main(["data", "check", file, *short]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_and_rows_do_not_share_standard_output(tmp_path: Path, capsys: Captured) -> None:
+    file = write(tmp_path / "rows.jsonl", chat("a"))
+    assert main(["data", "prepare", file, "-o", "-", "--json"]) == 2
+    assert "cannot hold both" in capsys.readouterr().out
+
+
+def test_a_conversion_that_writes_nothing_fails(tmp_path: Path, capsys: Captured) -> None:
+    file = write(tmp_path / "rows.jsonl", '{"text": "plain"}')
+    assert (
+        main(["data", "convert", file, "--to", "chat", "-o", str(tmp_path / "o.jsonl"), "--max-rejected-share", "1"])
+        == 1
+    )
+    assert "--max-rejected-share allows 1" in capsys.readouterr().err
+
+
+def test_a_share_may_start_with_its_point(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", chat("a"), "nonsense")
+    assert main(["data", "check", file, "--max-rejected-share", ".5"]) == 0
+
+
+def test_a_misspelt_group_names_the_nearest_key(tmp_path: Path, capsys: Captured) -> None:
+    file = write(tmp_path / "rows.jsonl", '{"prompt": "a", "completion": "b", "user": 1}')
+    assert main(["data", "check", file, "--group-by", "usr"]) == 1
+    assert "did you mean `user`?" in capsys.readouterr().out
+
+
+def test_lengths_of_unrolled_rows_are_those_of_their_examples(tmp_path: Path, capsys: Captured) -> None:
+    turns = [{"role": role, "content": "one two"} for role in ("user", "assistant") * 2]
+    file = write(tmp_path / "rows.jsonl", json.dumps({"messages": turns}), chat("b"))
+    assert main(["data", "check", file, "--model", "practice", "--unroll", "--valid", "0", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["examples"]["train"] == 3
+    assert shown["lengths"]["mean"] == pytest.approx(shown["tokens"]["train"] / 3, abs=0.05)

@@ -210,7 +210,7 @@ def test_sharegpt_function_call_is_a_call_and_its_result() -> None:
     check_example(example)
     called = turn("assistant", "", tool_calls=[call("f", {"x": 1})])
     messages = [turn("user", "a"), called, turn("tool", "42"), turn("assistant", "b")]
-    assert example == Conversation(messages, [{"name": "f"}])
+    assert example == Conversation(messages, [{"type": "function", "function": {"name": "f"}}])
 
 
 # -- Alpaca

@@ -186,11 +186,11 @@ def test_a_long_value_is_not_repeated_whole() -> None:
         ("a: &a\n  b: *a", "yaml", "aliases are not taken"),
         ("a: " + "[" * 1000, "yaml", "nested too deeply"),
         ("model: !!python/name:os.system", "yaml", "not valid YAML: could not determine a constructor"),
-        ("- 1", "yaml", "expected tables at the top, found list"),
-        ("", "yaml", "expected tables at the top, found NoneType"),
+        ("- 1", "yaml", "expected tables at the top, found a list"),
+        ("", "yaml", "expected tables at the top, found nothing"),
         ('{"seed": 1, "seed": 2}', "json", "the key `seed` stands twice"),
         ('{"seed": NaN}', "json", "not valid JSON"),
-        ("[1]", "json", "expected tables at the top, found list"),
+        ("[1]", "json", "expected tables at the top, found a list"),
     ],
 )
 def test_a_text_that_cannot_be_read_says_why(text: str, kind: str, words: str) -> None:

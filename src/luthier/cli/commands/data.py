@@ -46,7 +46,7 @@ def check(file: str, split: str | None, settings: tuple[str, ...], as_json: bool
     Without a model, everything but tokens. Exit code 1 when more rows are malformed than the limit allows.
     """
     from luthier.cli.report import print_data_report
-    from luthier.workflow import prepare_data
+    from luthier.workflow import nothing_left, prepare_data
 
     spec = _spec_of(file, flags, settings)
     with_model = bool(flags["flag_model"]) or file.endswith((".toml", ".yaml", ".yml"))
@@ -55,16 +55,20 @@ def check(file: str, split: str | None, settings: tuple[str, ...], as_json: bool
     lenient = spec.model_copy(update={"data": spec.data.model_copy(update={"max_rejected_share": 1.0})})
     any_kind = flags["flag_objective"] is None and not file.endswith((".toml", ".yaml", ".yml"))
     with progress_bar("checking rows", quiet=as_json) as progress:
-        prepared = prepare_data(lenient, with_model=with_model, any_kind=any_kind, split=split, progress=progress)
+        prepared = prepare_data(
+            lenient, with_model=with_model, any_kind=any_kind, split=split, progress=progress, may_be_empty=True
+        )
     summary = prepared.summary
-    is_clean = summary["malformed"] <= limit * summary["rows"]
+    is_clean = summary["malformed"] <= limit * summary["rows"] and summary["train"] > 0
     if as_json:
         rejected = list(_read_rejected(prepared.folder))
         print_json({"ok": is_clean, **summary, "rejected": rejected, "ledger": str(prepared.folder / "ledger.jsonl")})
         return 0 if is_clean else 1
     print_data_report(summary)
     _list_rejected(prepared.folder, summary["malformed"])
-    if not is_clean:
+    if summary["train"] == 0:
+        warn(nothing_left(summary).message)
+    elif not is_clean:
         share = summary["malformed"] / summary["rows"]
         warn(f"{share:.1%} of the rows are malformed; training stops above data.max_rejected_share = {limit:g}")
     return 0 if is_clean else 1
@@ -261,16 +265,22 @@ def _convert(
     from luthier.data.files import convert_rows
     from luthier.data.rows import RowReader
     from luthier.data.source import open_source
+    from luthier.errors import CallError
     from luthier.workflow import read_options
 
+    if as_json and out == "-":
+        raise CallError(
+            "standard output cannot hold both the rows and a report", hint="give -o a file, or leave out --json"
+        )
     spec = _spec_of(file, flags, settings)
     with open_source(file, split=split) as source, progress_bar("writing rows", quiet=as_json) as progress:
         reader = RowReader(read_options(spec, with_model=False, any_kind=True), source.names)
         done = convert_rows(source, reader, to, Path(out), limit=limit, progress=progress)
     bad = done.rows - done.written
-    is_clean = bad <= spec.data.max_rejected_share * done.rows
+    limit_share = spec.data.max_rejected_share
+    is_clean = bad <= limit_share * done.rows and done.written > 0
     result = {"ok": is_clean, "rows": done.rows, "written": done.written, "reasons": done.reasons, "out": out}
-    if as_json and out != "-":
+    if as_json:
         print_json({**result, "rejected": done.rejected})
         return 0 if is_clean else 1
     if out != "-":
@@ -279,6 +289,8 @@ def _convert(
         warn(f"{entry['file']}:{entry['line']}: {entry['message']} [{entry['reason']}]")
     if bad and out != "-":
         warn(f"{bad:,} rows were not written; they are in {out}.rejected.jsonl")
+    if not is_clean:
+        warn(f"{bad / max(1, done.rows):.1%} of the rows were not written; --max-rejected-share allows {limit_share:g}")
     return 0 if is_clean else 1
 
 
@@ -310,7 +322,7 @@ def split_command(
     from luthier.workflow import prepare_data
 
     if bool(out) == bool(train_out or valid_out) or bool(train_out) != bool(valid_out):
-        raise CallError("where should the rows go?", hint="give -o DIR, or both --train-out and --valid-out")
+        raise CallError("where should the rows go?", hint="give either -o DIR, or both --train-out and --valid-out")
     if flags["flag_max_length"] and not flags["flag_model"]:
         raise CallError("--max-length counts tokens, and no model says what a token is", hint="give --model MODEL")
     spec = _spec_of(file, flags, settings)

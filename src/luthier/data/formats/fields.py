@@ -71,7 +71,12 @@ def read_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError("bad_tool_call", "`tools` must be a list of objects")
-    return value
+    return [_as_function(tool) for tool in value]
+
+
+def _as_function(tool: dict[str, Any]) -> dict[str, Any]:
+    """One shape for the flat and the nested spelling, or a mixed file would train two prompts for one tool."""
+    return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
 
 
 def refuse_role(role: Any, number: int, known: tuple[str, ...] = ROLES) -> RowError:
