@@ -7,6 +7,7 @@ from typing import Any
 
 from luthier.data.prepare import Progress, prepare
 from luthier.data.prepared import Prepared
+from luthier.data.reasons import list_counts
 from luthier.data.rows import ReadOptions
 from luthier.data.source import Source
 from luthier.errors import DataError
@@ -46,7 +47,7 @@ def prepare_data(
 
 def nothing_left(summary: dict[str, Any]) -> DataError:
     """The error of a run that would train no row at all, with the reasons why."""
-    reasons = ", ".join(f"{count:,} {name}" for name, count in summary["reasons"].items()) or "all are held out"
+    reasons = list_counts(summary["reasons"]) or "all are held out"
     return DataError(
         f"nothing is left to train: of {summary['rows']:,} rows {summary['dropped']:,} were dropped ({reasons})",
         hint="`luthier data check` lists them; data.max_length and data.valid decide most of it",

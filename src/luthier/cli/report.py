@@ -6,7 +6,7 @@ from typing import Any
 
 from luthier.cli.output import paint, print_table, say
 from luthier.data.notes import NOTES
-from luthier.data.reasons import REASONS
+from luthier.data.reasons import REASONS, list_counts
 
 _BAR = 40
 
@@ -25,10 +25,7 @@ def _named(files: list[str]) -> str:
 
 
 def _listed(counts: dict[str, int]) -> str:
-    return (
-        ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
-        or "no format"
-    )
+    return list_counts(dict(sorted(counts.items(), key=lambda item: -item[1]))) or "no format"
 
 
 def _print_places(summary: dict[str, Any]) -> None:

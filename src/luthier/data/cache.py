@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from luthier.errors import StorageError
+from luthier.errors import LuthierError, StorageError
 
 MANIFEST = "manifest.json"
 _DTYPES = {".u8": np.uint8, ".u16": np.uint16, ".u32": np.uint32, ".u64": np.uint64}
@@ -66,7 +66,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
             _seal(draft)
             _move_into_place(draft, folder)
     except OSError as error:
-        if isinstance(error, StorageError):
+        if isinstance(error, LuthierError):
             raise
         where = error.filename or folder
         raise StorageError(

@@ -14,7 +14,6 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "weight")
 
 Message = dict[str, Any]
-Kind = Literal["conversation", "preference", "text"]
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from luthier.data.prepared import Prepared
 from luthier.data.reasons import RowError
 from luthier.data.rows import RowReader
 from luthier.data.source import Row, Source
-from luthier.errors import CallError, LedgerError, StorageError
+from luthier.errors import CallError, LedgerError, LuthierError, StorageError
 
 _CANONICAL: dict[str, Any] = {"conversation": chat, "preference": preference, "text": text}
 
@@ -128,6 +128,8 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError as error:
+        if isinstance(error, LuthierError):
+            raise
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         draft.unlink(missing_ok=True)

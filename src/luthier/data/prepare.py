@@ -25,6 +25,7 @@ from luthier.data.ledger import DROPPED, TRAIN, VALID, RowTable
 from luthier.data.notes import END_CUT
 from luthier.data.parallel import read_blocks
 from luthier.data.prepared import Prepared
+from luthier.data.reasons import list_counts
 from luthier.data.rows import NOTE_BITS, ReadOptions, RowBatch, Stop
 from luthier.data.shapes import ShapeBroken
 from luthier.data.source import Block, Source, open_source
@@ -134,8 +135,8 @@ class _Builder:
         counts = ledger.count_places(places, reasons, self._table.rows_read)
         with (self._draft / "ledger.jsonl").open("wb") as file:
             file.writelines(ledger.ledger_lines(self._table, places, self._names, leaked))
-        self._write_index(places)
-        self._write_summary(counts, places, leaked, hashes)
+        lengths = self._write_index(places)
+        self._write_summary(counts, places, leaked, {"lengths": lengths, "hashes": hashes})
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -254,7 +255,8 @@ class _Builder:
 
     # -- writing -----------------------------------------------------------------------------------------------
 
-    def _write_index(self, places: npt.NDArray[np.uint8]) -> None:
+    def _write_index(self, places: npt.NDArray[np.uint8]) -> dict[str, Any]:
+        """Write which sequences each example has and which row it came from; tells the lengths of what was kept."""
         per_row = self._table.column("examples")
         row_of_example = np.repeat(np.arange(len(per_row)), per_row)
         counts = np.concatenate([np.zeros(0, np.uint8), *self._sequence_counts])
@@ -272,23 +274,14 @@ class _Builder:
         }
         for name, values in arrays.items():
             write_array(self._draft, name, values)
-
-    def _kept_lengths(self, places: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
-        """Lengths of the sequences of all rows that were not dropped."""
-        per_row = self._table.column("examples")
-        row_of_example = np.repeat(np.arange(len(per_row)), per_row)
-        counts = np.concatenate([np.zeros(0, np.uint8), *self._sequence_counts])
-        is_kept = np.repeat(places[row_of_example] != DROPPED, counts)
-        lengths: npt.NDArray[np.uint32] = np.concatenate([np.zeros(0, np.uint32), *self._lengths])
-        kept: npt.NDArray[np.uint32] = lengths[is_kept]
-        return kept
+        return describe_lengths(lengths[np.repeat(places[row_of_example] != DROPPED, counts)])
 
     def _write_summary(
         self,
         counts: dict[str, Any],
         places: npt.NDArray[np.uint8],
         leaked: npt.NDArray[np.bool_],
-        hashes: dict[str, str],
+        of_tokens: dict[str, Any],
     ) -> None:
         tokens, trained = (self._table.column(name) for name in ("tokens", "trained"))
         summary = {
@@ -312,12 +305,11 @@ class _Builder:
                 "trained_tokens": {
                     name: int(trained[places == code].sum()) for code, name in enumerate(ledger.PLACES[:2])
                 },
-                "lengths": describe_lengths(self._kept_lengths(places)),
                 "max_length": self._options.data.max_length,
                 "tokenizer": self._tokenizer,
                 "learnt_shapes": self._options.learn_shapes,
                 "fast_tokenizer_differed": not self._options.fast_tokenizer,
-                "hashes": hashes,
+                **of_tokens,
             }
         (self._draft / "summary.json").write_bytes(orjson.dumps(summary, option=orjson.OPT_INDENT_2))
 
@@ -373,10 +365,9 @@ def _mask_error(names: tuple[str, ...], stops: list[tuple[int, Stop]]) -> MaskEr
 def _check_share(summary: dict[str, Any], most: float) -> None:
     rows, malformed = summary["rows"], summary["malformed"]
     if malformed > most * rows:
-        reasons = ", ".join(f"{count:,} {name}" for name, count in summary["reasons"].items())
         raise RejectedRowsError(
             f"{malformed:,} of {rows:,} rows are malformed ({malformed / rows:.1%}), "
-            f"and data.max_rejected_share is {most:g}: {reasons}",
+            f"and data.max_rejected_share is {most:g}: {list_counts(summary['reasons'])}",
             hint="`luthier data check` lists every bad row; mend them, or raise data.max_rejected_share",
             details=summary,
         )

@@ -52,6 +52,11 @@ REASON_CODES = {reason.name: code for code, reason in enumerate(_ALL, 1)}
 REASON_NAMES = {code: name for name, code in REASON_CODES.items()}
 
 
+def list_counts(counts: dict[str, int]) -> str:
+    """Counts as people read them: `2 too_long, 1 not_json`."""
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+
+
 class RowError(Exception):
     """A row cannot be used; caught where rows are read, it becomes an entry of the ledger.
 

@@ -1,9 +1,9 @@
 """Learn how a template renders one shape of conversation, so that most rows need no template at all.
 
 For one shape (the roles in order) a template is nearly always fixed text around the contents. It is learnt once from a
-probe rendered in full, then rows are joined. Nothing is taken on trust: the first rows of a shape, a sample of all
-others and every row with content that a template may treat specially are rendered in full and compared, and one
-difference ends learning for the whole run (`ShapeBroken`), which then starts over with full renderings only.
+probe rendered in full and tried on difficult contents, then rows are joined. Nothing is taken on trust: every row with
+content that the template may treat specially is rendered in full, and so are the first rows of a shape and a sample of
+all others, where one difference ends learning for the whole run (`ShapeBroken`), which starts over without it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Read rows from files, folders, standard input and the hub, in blocks, so that memory does not grow with the file.
 
-A block of a line format is raw bytes with the number of its first line; other formats give parsed rows. Blank lines
-are not rows.
+Rows of JSON and JSONL are raw bytes, those of other formats are parsed; each has its line. Blank lines are not rows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A model's chat template, compiled in a sandbox without transformers and rendered exactly as transformers would.
 
-What a template may see is what transformers shows it, with one difference: `strftime_now` answers a fixed day, so that
-the same rows give the same tokens tomorrow (docs/decisions/0003-fixed-date.md).
+What a template may see is what transformers shows it, with two differences: `strftime_now` answers a fixed day, so that
+the same rows give the same tokens tomorrow (docs/decisions/0003-fixed-date.md), and thinking stands under every name
+that templates read it by.
 """
 
 from __future__ import annotations

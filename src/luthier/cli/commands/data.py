@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from luthier.spec.run import RunSpec
 
 _LISTED = 10
+_hub_split = click.option("--split", metavar="NAME", help="Split of a hub dataset.")
+_out = click.option("-o", "--out", required=True, metavar="OUT.jsonl", help="File to write; `-` is standard output.")
 
 
 @click.group("data", cls=Group)
@@ -25,12 +27,22 @@ def command() -> None:
     """Check, show, split, prepare and convert training data."""
 
 
+def _is_spec(file: str) -> bool:
+    """Whether FILE is a spec whose data is meant; .json is data, which a spec may be too."""
+    return file.endswith((".toml", ".yaml", ".yml"))
+
+
+def _rejection(entry: dict[str, Any]) -> str:
+    """A bad row as every command names it."""
+    return f"{entry['file']}:{entry['line']}: {entry['message']} [{entry['reason']}]"
+
+
 def _spec_of(file: str, given: dict[str, Any], settings: tuple[str, ...]) -> RunSpec:
     """The spec of a call about one file: its own when FILE is a spec, else one made of the flags."""
     from luthier.spec.load import Override, load_spec
 
     overrides = read_overrides(given, settings)
-    if file.endswith((".toml", ".yaml", ".yml")):
+    if _is_spec(file):
         return load_spec(Path(file), overrides).spec
     named = [] if given.get("flag_model") else [Override("model.base", "practice", "default")]
     return load_spec(None, [Override("data.train", file, "argument"), *named, *overrides]).spec
@@ -38,7 +50,7 @@ def _spec_of(file: str, given: dict[str, Any], settings: tuple[str, ...]) -> Run
 
 @command.command("check")
 @click.argument("file")
-@click.option("--split", metavar="NAME", help="Split of a hub dataset.")
+@_hub_split
 @spec_flags("model", *DATA_FLAGS)
 def check(file: str, split: str | None, settings: tuple[str, ...], as_json: bool, **flags: Any) -> int:
     """Check every row of FILE (or of a SPEC's data): counts by place and reason, lengths, duplicates, leakage.
@@ -49,11 +61,11 @@ def check(file: str, split: str | None, settings: tuple[str, ...], as_json: bool
     from luthier.workflow import nothing_left, prepare_data
 
     spec = _spec_of(file, flags, settings)
-    with_model = bool(flags["flag_model"]) or file.endswith((".toml", ".yaml", ".yml"))
+    with_model = bool(flags["flag_model"]) or _is_spec(file)
     limit = spec.data.max_rejected_share
     # The report comes first here, so the limit is applied after it.
     lenient = spec.model_copy(update={"data": spec.data.model_copy(update={"max_rejected_share": 1.0})})
-    any_kind = flags["flag_objective"] is None and not file.endswith((".toml", ".yaml", ".yml"))
+    any_kind = flags["flag_objective"] is None and not _is_spec(file)
     with progress_bar("checking rows", quiet=as_json) as progress:
         prepared = prepare_data(
             lenient, with_model=with_model, any_kind=any_kind, split=split, progress=progress, may_be_empty=True
@@ -89,7 +101,7 @@ def _list_rejected(folder: Path, count: int) -> None:
         if index == _LISTED:
             say(f"  and {count - _LISTED:,} more in {folder / 'rejected.jsonl'}")
             return
-        say(f"  {entry['file']}:{entry['line']}: {entry['message']} [{entry['reason']}]")
+        say(f"  {_rejection(entry)}")
 
 
 @command.command("show")
@@ -97,7 +109,7 @@ def _list_rejected(folder: Path, count: int) -> None:
 @click.option("-n", "count", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Rows to show.")
 @click.option("--row", type=int, metavar="LINE", help="Show the row on this line only.")
 @click.option("--html", "page", metavar="OUT", help="Write a page instead.")
-@click.option("--split", metavar="NAME", help="Split of a hub dataset.")
+@_hub_split
 @spec_flags("model", *ROW_FLAGS)
 def show(
     file: str,
@@ -116,7 +128,7 @@ def show(
     from luthier.errors import CallError
     from luthier.workflow import read_options
 
-    if not flags["flag_model"] and not file.endswith((".toml", ".yaml", ".yml")):
+    if not flags["flag_model"] and not _is_spec(file):
         raise CallError("no model to render with", hint="give --model MODEL, for instance --model practice")
     spec = _spec_of(file, flags, settings)
     # A few rows need no shortcuts, and so nothing that could prove wrong half way.
@@ -138,7 +150,7 @@ def show(
         _print_shown(shown)
     if not as_json:
         for entry in rejected:
-            warn(f"{entry['file']}:{entry['line']}: {entry['message']} [{entry['reason']}]")
+            warn(_rejection(entry))
     return 1 if rejected and not shown else 0
 
 
@@ -213,8 +225,8 @@ def _bracketed(shown: ShownText) -> str:
 
 @command.command("prepare")
 @click.argument("source")
-@click.option("-o", "--out", required=True, metavar="OUT.jsonl", help="File to write; `-` is standard output.")
-@click.option("--split", metavar="NAME", help="Split of a hub dataset.")
+@_out
+@_hub_split
 @click.option("--max-examples", type=click.IntRange(1), metavar="N", help="Write the first N good rows only.")
 @spec_flags("format", "max-rejected-share")
 def prepare(
@@ -239,8 +251,8 @@ def prepare(
     metavar="FORMAT",
     help="chat, alpaca, sharegpt, completion, text or preference.",
 )
-@click.option("-o", "--out", required=True, metavar="OUT.jsonl", help="File to write; `-` is standard output.")
-@click.option("--split", metavar="NAME", help="Split of a hub dataset.")
+@_out
+@_hub_split
 @spec_flags("format", "max-rejected-share")
 def convert(
     file: str, to: str, out: str, split: str | None, settings: tuple[str, ...], as_json: bool, **flags: Any
@@ -286,7 +298,7 @@ def _convert(
     if out != "-":
         say(f"{done.written:,} of {done.rows:,} rows written to {out}")
     for entry in done.rejected[:_LISTED]:
-        warn(f"{entry['file']}:{entry['line']}: {entry['message']} [{entry['reason']}]")
+        warn(_rejection(entry))
     if bad and out != "-":
         warn(f"{bad:,} rows were not written; they are in {out}.rejected.jsonl")
     if not is_clean:
@@ -299,7 +311,7 @@ def _convert(
 @click.option("-o", "--out", metavar="DIR", help="Folder that receives train.jsonl and valid.jsonl.")
 @click.option("--train-out", metavar="FILE", help="The file of training rows.")
 @click.option("--valid-out", metavar="FILE", help="The file of held-out rows.")
-@click.option("--split", metavar="NAME", help="Split of a hub dataset.")
+@_hub_split
 @spec_flags("model", *DATA_FLAGS)
 def split_command(
     file: str,
