@@ -172,3 +172,13 @@ def test_lengths_of_unrolled_rows_are_those_of_their_examples(tmp_path: Path, ca
     shown = json.loads(capsys.readouterr().out)
     assert shown["examples"]["train"] == 3
     assert shown["lengths"]["mean"] == pytest.approx(shown["tokens"]["train"] / 3, abs=0.05)
+
+
+def test_show_of_a_spec_shows_what_its_objective_trains(tmp_path: Path, capsys: Captured) -> None:
+    write(tmp_path / "rows.jsonl", chat("a"), '{"prompt": "q", "chosen": "good", "rejected": "bad"}')
+    spec = tmp_path / "run.toml"
+    spec.write_text('[model]\nbase = "practice"\n[data]\ntrain = "rows.jsonl"\n[objective]\nkind = "dpo"\n')
+    assert main(["data", "show", str(spec), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in shown["rows"]] == ["chosen", "rejected"]
+    assert [entry["reason"] for entry in shown["rejected"]] == ["wrong_kind"]

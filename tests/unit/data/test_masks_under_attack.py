@@ -221,3 +221,15 @@ def test_a_template_that_calculates_wrongly_refuses_the_row(trap: str) -> None:
     with pytest.raises(RowError) as caught:
         template.render([user("Uone"), assistant("Aone")])
     assert caught.value.reason == "template_refused"
+
+
+def test_a_line_break_alone_is_no_header() -> None:
+    """No prefix holds (the template counts first) and history names its turns otherwise than the prompt does."""
+    source = (
+        "[{{ messages | length }}]{% for m in messages %}{{ '\nBOT: ' if m.role == 'assistant' else '\nuser: ' }}"
+        "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"
+    )
+    template = ChatTemplate(source, tokens={"bos_token": "", "eos_token": "</s>"})
+    messages = [{"role": role, "content": f"{role[0]}{n}"} for n in range(2) for role in ("user", "assistant")]
+    done = SpanFinder(template, ["</s>"], [], "</s>").find(messages)
+    assert [done.text[start:end] for start, end in done.turns.values()] == ["a0</s>", "a1</s>"]

@@ -32,6 +32,11 @@ def _is_spec(file: str) -> bool:
     return file.endswith((".toml", ".yaml", ".yml"))
 
 
+def _takes_any_kind(file: str, given: dict[str, Any]) -> bool:
+    """Whether rows of every kind are welcome: a spec has an objective, a file only if a flag names one."""
+    return given["flag_objective"] is None and not _is_spec(file)
+
+
 def _rejection(entry: dict[str, Any]) -> str:
     """A bad row as every command names it."""
     return f"{entry['file']}:{entry['line']}: {entry['message']} [{entry['reason']}]"
@@ -65,7 +70,7 @@ def check(file: str, split: str | None, settings: tuple[str, ...], as_json: bool
     limit = spec.data.max_rejected_share
     # The report comes first here, so the limit is applied after it.
     lenient = spec.model_copy(update={"data": spec.data.model_copy(update={"max_rejected_share": 1.0})})
-    any_kind = flags["flag_objective"] is None and not _is_spec(file)
+    any_kind = _takes_any_kind(file, flags)
     with progress_bar("checking rows", quiet=as_json) as progress:
         prepared = prepare_data(
             lenient, with_model=with_model, any_kind=any_kind, split=split, progress=progress, may_be_empty=True
@@ -133,7 +138,7 @@ def show(
     spec = _spec_of(file, flags, settings)
     # A few rows need no shortcuts, and so nothing that could prove wrong half way.
     options = replace(
-        read_options(spec, any_kind=flags["flag_objective"] is None), learn_shapes=False, fast_tokenizer=False
+        read_options(spec, any_kind=_takes_any_kind(file, flags)), learn_shapes=False, fast_tokenizer=False
     )
     assert options.model_folder is not None
     text = ModelText(options.model_folder, chat_template=options.chat_template)
@@ -351,7 +356,7 @@ def split_command(
             prepared = prepare_data(
                 spec,
                 with_model=bool(flags["flag_model"]),
-                any_kind=flags["flag_objective"] is None,
+                any_kind=_takes_any_kind(file, flags),
                 progress=progress,
                 opened=source,
             )
