@@ -12,7 +12,19 @@
     |   `-- TemplateError  a chat template cannot be used
     |-- MissingExtraError  an optional package is not installed
     |-- UnsupportedError   asked for something this engine or version cannot do
-    `-- StorageError       the disk refused
+    |-- PlanError          the run does not fit this machine
+    |-- RunError           a run folder cannot be used
+    |   |-- RunLockedError      another process trains the run
+    |   `-- CheckpointError     a checkpoint is not what its manifest says
+    |-- StorageError       the disk refused
+    |   `-- DiskFullError       there is no room left
+    |-- TrainingError      training cannot go on
+    |   |-- NonFiniteError      loss or gradient is not finite
+    |   |-- OutOfMemoryError    memory ran out with one row at once
+    |   |-- NothingLearnedError the final weights are the first ones, or not finite
+    |   |-- ProcessDiedError    one of several processes died
+    |   `-- ResumeError         the run cannot be resumed as it is
+    `-- ProofError         a proof did not hold
 
 To add one: derive it from the nearest class and from the standard exception that a caller would expect,
 give it a `code` of its own and one sentence as its docstring (the reference page is made from it).
@@ -116,7 +128,79 @@ class UnsupportedError(LuthierError, NotImplementedError):
     code = "unsupported"
 
 
+class PlanError(LuthierError, MemoryError):
+    """The run needs more than this machine has; the error says how much of what, and what would help."""
+
+    code = "plan_does_not_fit"
+
+
 class StorageError(LuthierError, OSError):
     """The disk refused: full, read-only or without permission."""
 
     code = "storage_refused"
+
+
+class DiskFullError(StorageError):
+    """No room is left on the disk; nothing that was there before is lost."""
+
+    code = "disk_full"
+
+
+class RunError(LuthierError, ValueError):
+    """A run folder is not there, or is not one, or holds something else than what was asked of it."""
+
+    code = "run_invalid"
+
+
+class RunLockedError(RunError):
+    """Another process is training this run."""
+
+    code = "run_locked"
+
+
+class CheckpointError(RunError):
+    """A sealed folder is not what its manifest says: a file is missing, added, cut or changed."""
+
+    code = "checkpoint_broken"
+
+
+class TrainingError(LuthierError, RuntimeError):
+    """Training cannot go on, or what it made cannot be trusted."""
+
+    code = "training_failed"
+
+
+class NonFiniteError(TrainingError):
+    """The loss or a gradient is not a finite number; the step was not taken, and its rows are named."""
+
+    code = "non_finite_loss"
+
+
+class OutOfMemoryError(TrainingError):
+    """Memory ran out even with a single row at once."""
+
+    code = "out_of_memory"
+
+
+class NothingLearnedError(TrainingError):
+    """The final weights are those the run started with, or are not finite."""
+
+    code = "nothing_learned"
+
+
+class ProcessDiedError(TrainingError):
+    """One of the processes of a run died; the error names it."""
+
+    code = "process_died"
+
+
+class ResumeError(TrainingError):
+    """The run cannot be resumed as it is: nothing to resume from, or what it depends on has changed."""
+
+    code = "resume_refused"
+
+
+class ProofError(LuthierError, AssertionError):
+    """A proof did not hold; the error says where the two sides part."""
+
+    code = "proof_failed"

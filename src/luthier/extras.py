@@ -14,7 +14,7 @@ EXTRAS = {
     "parquet": ("pyarrow",),
     "zstd": ("zstandard",),
     "hf": ("datasets",),
-    "torch": ("torch", "transformers"),
+    "torch": ("torch", "transformers", "bitsandbytes"),
 }
 
 

@@ -20,6 +20,7 @@ CALLS = {
     "spec check": ["spec", "check", "recipes/demo-qlora.toml"],
 }
 LIMIT_SECONDS = 0.15
+PLAN_SECONDS = 1.0
 # What importing click takes where the limit was set; a slower machine gets as much more time for both.
 CLICK_SECONDS = 0.035
 ENTER = "from luthier.cli.main import entry; entry()"
@@ -45,6 +46,19 @@ def test_the_command_line_starts_fast(call: list[str], root: Path) -> None:
     while len(tries) < 10 and (not tries or min(tries) >= limit):
         tries.append(seconds_of(root, ENTER, *call))
     assert min(tries) < limit, f"{len(tries)} tries took {', '.join(f'{each:.3f}' for each in tries)} s"
+
+
+def test_a_plan_is_made_without_any_heavy_package_in_a_second(root: Path) -> None:
+    call = ["plan", "recipes/demo-qlora.toml"]
+    seconds_of(root, ENTER, *call)  # prepares the data, for which a fast tokenizer may load more
+    done = subprocess.run(
+        [sys.executable, "-c", f"{RUN}; {SHOW_MODULES}", *call], cwd=root, capture_output=True, text=True
+    )
+    code, modules = json.loads(done.stderr)
+    assert code == 0
+    assert not {name.partition(".")[0] for name in modules} & HEAVY
+    limit = PLAN_SECONDS * max(1.0, min(seconds_of(root, "import click") for _ in range(5)) / CLICK_SECONDS)
+    assert min(seconds_of(root, ENTER, *call) for _ in range(3)) < limit
 
 
 def seconds_of(root: Path, code: str, *arguments: str) -> float:
@@ -73,11 +87,18 @@ import luthier
 before = facts()
 names = ["luthier", *(each.name for each in pkgutil.walk_packages(luthier.__path__, "luthier."))]
 for name in names:
-    importlib.import_module(name)
+    if not name.startswith("luthier.engines.torch."):  # they are what is heavy; a test below is theirs
+        importlib.import_module(name)
 after = facts()
 changed = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
 print(json.dumps({"names": names, "changed": changed, "modules": sorted(sys.modules)}))
 """
+
+
+# What torch and transformers do on import is theirs, so they come first; with them the engine does nothing more.
+IMPORT_ENGINE = IMPORT_ALL.replace(
+    "import luthier\n", "import safetensors.torch, torch, transformers.modeling_utils\nimport luthier\n", 1
+).replace("if not name", "if name")
 
 
 def _imported(script: str, folder: Path) -> dict[str, Any]:
@@ -115,3 +136,11 @@ def test_command_line_and_spec_need_no_arrays(tmp_path: Path) -> None:
     found = _imported(IMPORT_LIGHT, tmp_path)
     assert len(found["names"]) > 25
     assert not {name.partition(".")[0] for name in found["modules"]} & (HEAVY | ARRAYS)
+
+
+@pytest.mark.torch
+def test_importing_the_torch_engine_does_no_work(tmp_path: Path) -> None:
+    found = _imported(IMPORT_ENGINE, tmp_path)
+    assert {"luthier.engines.torch.engine", "luthier.engines.torch.loading"} <= set(found["modules"])
+    assert found["changed"] == {}
+    assert [path.name for path in (tmp_path / "import").rglob("*")] == ["work"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -150,3 +151,22 @@ def load_call(
     from luthier.spec.load import load_spec
 
     return load_spec(Path(spec) if spec else None, (extra or []) + read_overrides(given, settings))
+
+
+def load_run_call(spec: str | None, given: dict[str, Any], settings: tuple[str, ...]) -> LoadedSpec:
+    """The same for a run, which needs data: asked for where a person is there, else an error."""
+    loaded = load_call(spec, given, settings)
+    return loaded if loaded.spec.data.train is not None else load_call(spec, given, settings, extra=[_ask_for_data()])
+
+
+def _ask_for_data() -> Override:
+    from luthier.errors import SpecError
+    from luthier.spec.load import Override
+
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise SpecError(
+            "no training data: `data.train` is not set",
+            hint="give --data FILE, or set data.train in the spec",
+        )
+    answer = click.prompt("Training data (a file, a folder or hf:org/name:split)", err=True)
+    return Override("data.train", answer, "answer")

@@ -18,6 +18,11 @@ from luthier.errors import CallError, LuthierError
 # Module and one line of help, so that `luthier --help` imports none of them.
 COMMANDS = {
     "train": ("luthier.cli.commands.train", "Fine-tune a model by a spec, or by flags alone."),
+    "plan": ("luthier.cli.commands.plan", "Say what a run would do and take, before it starts."),
+    "resume": ("luthier.cli.commands.resume", "Go on with a run that was stopped or died."),
+    "prove": ("luthier.cli.commands.prove", "Prove on your own spec what Luthier promises."),
+    "rows": ("luthier.cli.commands.rows", "Show which rows a step trained, or which steps trained a row."),
+    "models": ("luthier.cli.commands.models", "List, show and remove the models that were trained here."),
     "data": ("luthier.cli.commands.data", "Check, show, split, prepare and convert training data."),
     "spec": ("luthier.cli.commands.spec", "Check and show run specs."),
     "recipes": ("luthier.cli.commands.recipes", "List, show and copy the specs shipped with Luthier."),

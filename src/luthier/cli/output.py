@@ -89,6 +89,34 @@ def print_table(rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...] = (),
         say(indent + "  ".join(cells).rstrip())
 
 
+class LiveLine:
+    """A line on stderr that is written over; elsewhere than on a terminal, one of its texts every few seconds."""
+
+    def __init__(self, *, plain_seconds: float) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._plain_seconds = plain_seconds
+        self._shown = 0.0
+        self._is_drawn = False
+
+    def show(self, text: str, *, keep: bool) -> None:
+        """Show the text in place of the one before; `keep` leaves it standing."""
+        now = time.monotonic()
+        if self._is_terminal:
+            sys.stderr.write(f"\r\x1b[K{text}" + ("\n" if keep else ""))
+            self._is_drawn = not keep
+        elif keep or now - self._shown >= self._plain_seconds:
+            sys.stderr.write(text + "\n")
+            self._shown = now
+        sys.stderr.flush()
+
+    def clear(self) -> None:
+        """Take away what is drawn."""
+        if self._is_drawn:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._is_drawn = False
+
+
 @contextmanager
 def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int, int], None] | None]:
     """A callback (rows, bytes, bytes in all) that shows progress once it lasts more than two seconds.

@@ -44,6 +44,12 @@ class Prepared:
         return offsets[1:] - offsets[:-1]
 
     @cached_property
+    def example_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example; of a pair, those of both its sequences together."""
+        starts = self._offsets[self._first_sequences].astype(np.int64)
+        return starts[1:] - starts[:-1]
+
+    @cached_property
     def _tokens(self) -> npt.NDArray[np.uint32]:
         return map_array(self.folder, "tokens.u32")
 

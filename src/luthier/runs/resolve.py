@@ -1,21 +1,60 @@
-"""Resolve a MODEL as people name it to a folder on this machine."""
+"""Resolve a MODEL as people name it: the base folder on this machine, and the adapters to apply over it in order."""
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from luthier.errors import ModelError
 from luthier.extras import import_extra
+from luthier.runs.layout import CONFIG, FINAL_LORA_WEIGHTS, PRACTICE
+from luthier.runs.models import find_model, last_part, list_models
 
-PRACTICE = "practice"
+if TYPE_CHECKING:
+    from luthier.runs.run import Run
+
+ADAPTER_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MODEL_TYPE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _TEXT_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
+_WEIGHT_FILES = ["*.safetensors"]
+_LEFT_OUT = ["*/*", "consolidated*.safetensors"]
+_MOST_RUNS = 16
+
+
+@dataclass(frozen=True)
+class AdapterRef:
+    """An adapter on disk; `quantised` says that it was trained over a base held in NF4."""
+
+    path: Path
+    quantised: bool = False
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """Where a model lies: its base folder, adapters in the order they are applied, and the run it came from."""
+
+    folder: Path
+    adapters: tuple[AdapterRef, ...] = ()
+    name: str = ""
+    revision: str | None = None
+    parent: str | None = None
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """How a name is resolved; `runs` are those on the way, so that a circle of runs ends."""
+
+    with_weights: bool
+    revision: str | None = None
+    runs: tuple[str, ...] = ()
 
 
 def practice_folder() -> Path:
@@ -26,29 +65,158 @@ def practice_folder() -> Path:
 
 
 def resolve_model(base: str, *, revision: str | None = None) -> Path:
-    """The folder of a model: `practice`, a folder, or a hub id (its text files are fetched if need be)."""
+    """The folder of a model's text files: tokenizer, template and configuration."""
+    return find_resolved(base, revision).folder
+
+
+def find_resolved(base: str, revision: str | None = None, *, with_weights: bool = False) -> ResolvedModel:
+    """What a name leads to: `practice`, a folder of a model, adapter or run, an `ft:` id, a run's id, or a hub id.
+
+    `with_weights` fetches the weights of a hub id too, and checks every byte of a run's result.
+    """
+    return _resolve(base, _Wanted(with_weights, revision))
+
+
+def _resolve(base: str, wanted: _Wanted) -> ResolvedModel:
     if base == PRACTICE:
-        return _checked(practice_folder())
+        return ResolvedModel(_checked(practice_folder()), name=base)
     path = Path(base).expanduser()
     if path.is_dir():
-        return _checked(path)
-    if base.startswith("ft:"):
-        raise ModelError(f"no run on this machine has the id `{base}`", hint="name its folder instead")
+        return _from_folder(path, wanted, base)
+    entry = find_model(base) if base.startswith("ft:") or "/" not in base else None
+    if entry or base.startswith("ft:"):
+        return _from_run(_open(base), wanted)
     if base.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(base):
-        is_close = difflib.get_close_matches(base, [PRACTICE], 1)
-        raise ModelError(f"no model at {base}", hint=f"did you mean `{PRACTICE}`?" if is_close else _practice_hint())
-    return _checked(_from_hub(base, revision))
+        known = [PRACTICE, *(each.id for each in list_models())]
+        close = difflib.get_close_matches(base, known, 1)
+        raise ModelError(f"no model at {base}", hint=f"did you mean `{close[0]}`?" if close else _kinds_hint())
+    return _from_hub(base, wanted)
 
 
-def _practice_hint() -> str:
-    return "a model is a folder, a hub id such as Qwen/Qwen3-0.6B, or `practice`"
+def _kinds_hint() -> str:
+    return "a model is a folder, a hub id such as Qwen/Qwen3-0.6B, a run or its `ft:` id, or `practice`"
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _open(name: str) -> Run:
+    from luthier.errors import RunError
+    from luthier.runs.run import open_run
+
+    try:
+        return open_run(last_part(name))
+    except RunError as error:
+        hint = error.hint if find_model(name) else "`luthier models` lists them; a folder can be named instead"
+        told = error.message if find_model(name) else f"no run on this machine has the id `{name}`"
+        raise ModelError(told, hint=hint) from None
+
+
+def _from_folder(folder: Path, wanted: _Wanted, name: str) -> ResolvedModel:
+    from luthier.runs.run import Run
+
+    if (folder / CONFIG).is_file():
+        return _from_run(Run(folder), wanted)
+    of_run = Run(folder.resolve().parent) if (folder.resolve().parent / CONFIG).is_file() else None
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _over_base_of_run(of_run, folder, wanted) if of_run else _over_named_base(folder, wanted, name)
+    if of_run:
+        _check_seal(folder, wanted)
+        return ResolvedModel(_checked(folder), name=name, parent=of_run.id)
+    revision = folder.resolve().name if folder.resolve().parent.name == "snapshots" else None
+    return ResolvedModel(_checked(folder), name=name, revision=revision)
+
+
+def _from_run(run: Run, wanted: _Wanted) -> ResolvedModel:
+    final = run.final_weights
+    if final is None:
+        raise ModelError(
+            f"{run.id} has no final weights: it is {run.state}",
+            hint=f"`luthier resume {run.folder}` finishes it, or name one of its checkpoints",
+        )
+    if final.name == FINAL_LORA_WEIGHTS:
+        return _over_base_of_run(run, final, wanted)
+    _check_seal(final, wanted)
+    return ResolvedModel(_checked(final), name=run.model_id, parent=run.id)
+
+
+def _over_base_of_run(run: Run, adapter: Path, wanted: _Wanted) -> ResolvedModel:
+    """The adapter over what its run started from, which may itself be a run's result."""
+    if run.id in wanted.runs or len(wanted.runs) >= _MOST_RUNS:
+        raise ModelError(f"{run.id} starts from its own result: {' -> '.join((*wanted.runs, run.id))}")
+    _check_seal(adapter, wanted)
+    recorded = run.lineage.get("base", {})
+    inner = replace(wanted, revision=recorded.get("revision") or run.spec.model.revision, runs=(*wanted.runs, run.id))
+    below = _resolve(run.spec.model.base, inner)
+    if wanted.with_weights:
+        _check_same_base(run, below)
+    ref = AdapterRef(adapter, quantised=run.spec.method.kind == "qlora")
+    return replace(below, adapters=(*below.adapters, ref), name=run.model_id, parent=run.id)
+
+
+def _over_named_base(adapter: Path, wanted: _Wanted, name: str) -> ResolvedModel:
+    """An adapter from elsewhere, over the base that its own file names."""
+    facts = _read_object(adapter / ADAPTER_CONFIG)
+    base = facts.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"{adapter}: {ADAPTER_CONFIG} names no base model", hint="`base_model_name_or_path` is missing"
+        )
+    if Path(base).expanduser().resolve() == adapter.resolve() or name in wanted.runs:
+        raise ModelError(f"{adapter}: {ADAPTER_CONFIG} names the adapter itself as its base model")
+    if wanted.with_weights and not list(adapter.glob("*.safetensors")):
+        raise ModelError(f"{adapter}: no .safetensors file in it", hint="other formats of weights are never loaded")
+    revision = facts.get("revision")
+    below = _resolve(
+        base,
+        replace(wanted, revision=revision if isinstance(revision, str) else None, runs=(*wanted.runs, name)),
+    )
+    return replace(below, adapters=(*below.adapters, AdapterRef(adapter)), name=name)
+
+
+def _check_seal(folder: Path, wanted: _Wanted) -> None:
+    """Every byte of a run's result, where it is going to be used."""
+    from luthier.errors import CheckpointError
+    from luthier.runs.manifest import check_manifest
+
+    if not wanted.with_weights:
+        return
+    try:
+        check_manifest(folder)
+    except CheckpointError as error:
+        raise ModelError(
+            f"{folder}: damaged: {error.message}", hint="name an earlier checkpoint of the run, or train it again"
+        ) from None
+
+
+def _check_same_base(run: Run, below: ResolvedModel) -> None:
+    """An adapter over another base than it was trained on loads without a word and answers nonsense."""
+    from luthier.runs.lineage import base_facts, is_same_base
+
+    recorded = run.lineage.get("base")
+    if recorded and not is_same_base(recorded, base_facts(below)):
+        raise ModelError(
+            f"the base of {run.id} is no longer the model that it was trained on: {below.folder}",
+            hint="the run's lineage.json lists its files with their hashes",
+        )
+
+
+def _from_hub(name: str, wanted: _Wanted) -> ResolvedModel:
     hub = import_extra("huggingface_hub", "torch")
-    arguments: dict[str, Any] = {"repo_id": name, "revision": revision, "allow_patterns": _TEXT_FILES}
+    folder = _snapshot(hub, name, wanted)
+    found = _from_folder(folder, wanted, name)
+    return replace(found, revision=folder.name) if not found.adapters else found
+
+
+def _snapshot(hub: Any, name: str, wanted: _Wanted) -> Path:
+    patterns = [*_TEXT_FILES, *(_WEIGHT_FILES if wanted.with_weights else [])]
+    arguments: dict[str, Any] = {
+        "repo_id": name,
+        "revision": wanted.revision,
+        "allow_patterns": patterns,
+        "ignore_patterns": _LEFT_OUT,
+    }
     with suppress(Exception):  # not in the local cache yet, which the hub's client says in many ways
-        return Path(hub.snapshot_download(**arguments, local_files_only=True))
+        folder = Path(hub.snapshot_download(**arguments, local_files_only=True))
+        if not wanted.with_weights or _has_weights(folder):
+            return folder
     try:
         return Path(hub.snapshot_download(**arguments))
     except Exception as error:  # no network, no such model, no right to it: the client's own words tell
@@ -59,17 +227,44 @@ def _from_hub(name: str, revision: str | None) -> Path:
         ) from None
 
 
+def _has_weights(folder: Path) -> bool:
+    """Whether the weights are there in full: each file that an index names, or the one file without an index."""
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(_read_object(index).get("weight_map", {}).values())
+        return bool(shards) and all((folder / str(shard)).is_file() for shard in shards)
+    return any(folder.glob("*.safetensors"))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        facts = orjson.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from None
+    return facts if isinstance(facts, dict) else {}
+
+
 def _checked(folder: Path) -> Path:
     """Refuse a model that wants code of its own run: choosing a base model must never run code."""
     for name in ("config.json", "tokenizer_config.json"):
-        path = folder / name
-        try:
-            facts = orjson.loads(path.read_bytes()) if path.is_file() else {}
-        except ValueError as error:
-            raise ModelError(f"{path}: not JSON: {error}") from None
-        if isinstance(facts, dict) and facts.get("auto_map"):
-            raise ModelError(
-                f"{folder.name}: {name} asks to run code of its own (`auto_map`), which Luthier never does",
-                hint="use a model whose architecture transformers knows",
-            )
+        for facts in _tables(_read_object(folder / name)):
+            if facts.get("auto_map"):
+                raise ModelError(
+                    f"{folder.name}: {name} asks to run code of its own (`auto_map`), which Luthier never does",
+                    hint="use a model whose architecture transformers knows",
+                )
+            kind = facts.get("model_type", "none")
+            if not isinstance(kind, str) or not (kind == "" or _MODEL_TYPE.fullmatch(kind)):
+                raise ModelError(
+                    f"{folder.name}: {name} has the `model_type` {kind!r}, which is no name of an architecture",
+                    hint="use a model whose architecture transformers knows",
+                )
     return folder
+
+
+def _tables(facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A configuration and those inside it; not by recursion, which a hostile file could exhaust."""
+    left = [facts]
+    while left:
+        table = left.pop()
+        yield table
+        left += [value for value in table.values() if isinstance(value, dict)]

@@ -16,6 +16,8 @@ class Compute(Part):
     """Number format of the frozen weights and the products."""
     recompute: Literal["auto", "always", "never"] = "auto"
     """Compute activations again in the backward pass to save memory."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Tokens computed at once; when absent it follows from memory. It never changes the result."""
     processes: int = Field(1, ge=1)
     """Processes that share each step on this machine."""
     gpu_type: str | None = None

@@ -237,14 +237,15 @@ def _resolve_paths(draft: _Draft) -> None:
         table_name, key = dotted.split(".")
         table = draft.tables.get(table_name)
         value = table.get(key) if isinstance(table, dict) else None
-        if isinstance(value, str) and _is_local(dotted, value, draft.base_dir):
+        if isinstance(value, str) and is_local_path(dotted, value, draft.base_dir):
             try:
                 table[key] = str((draft.base_dir / Path(value).expanduser()).resolve())  # type: ignore[index]
             except (RuntimeError, ValueError) as error:  # no such user's home; a NUL
                 raise SpecError(f"`{dotted}`: {value!r} is no path: {error}", where=draft.where(dotted)) from None
 
 
-def _is_local(dotted: str, value: str, base_dir: Path) -> bool:
+def is_local_path(dotted: str, value: str, base_dir: Path) -> bool:
+    """Whether the value of a key in PATH_KEYS is a path on this machine, and not a hub id, `ft:` id or stdin."""
     if value in ("", "-") or value.startswith(("hf:", "ft:")):
         return False
     if dotted == "model.base":

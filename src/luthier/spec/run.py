@@ -63,6 +63,8 @@ def find_contradictions(spec: RunSpec) -> list[tuple[str, str]]:
     found = []
     if spec.optim.warmup_ratio is not None and spec.optim.warmup_steps is not None:
         found.append(("optim.warmup_steps", "given beside `optim.warmup_ratio`; keep one of them"))
+    if spec.optim.micro_batch is not None and spec.compute.micro_batch_tokens is not None:
+        found.append(("compute.micro_batch_tokens", "given beside `optim.micro_batch`; keep one of them"))
     if spec.evaluate.keep == "best" and spec.evaluate.every_steps == 0:
         found.append(("evaluate.keep", '"best" needs evaluations to choose from; set `evaluate.every_steps`'))
     if spec.evaluate.early_stop_patience is not None and spec.evaluate.every_steps == 0:

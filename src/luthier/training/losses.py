@@ -8,23 +8,15 @@ the value by each log-probability, which is all that an engine needs to send gra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from luthier.engines.verbs import LossResult
+
 Floats = npt.NDArray[np.float64]
 Offsets = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class LossResult:
-    """The summed value, its slope by each log-probability, and what else is worth reporting (sums too)."""
-
-    value: float
-    slope: Floats
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def cross_entropy(logprobs: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> LossResult:

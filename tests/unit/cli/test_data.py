@@ -207,7 +207,7 @@ def test_a_dry_run_of_train_prepares_and_stops(tmp_path: Path, capsys: Captured)
     call = ["train", "--model", "practice", "--data", file, "--method", "qlora", "--rank", "8", "--dry-run"]
     assert main([*call, "--json"]) == 0
     shown = read_json(capsys)
-    assert (shown["spec"]["method"]["kind"], shown["spec"]["method"]["rank"]) == ("qlora", 8)
+    assert (shown["plan"]["spec"]["method"]["kind"], shown["plan"]["spec"]["method"]["rank"]) == ("qlora", 8)
     assert shown["data"]["train"] == 19
     assert main(call) == 0
     assert "method.rank set by flag --rank" in capsys.readouterr().out
@@ -221,7 +221,7 @@ def test_flags_and_file_build_the_same_spec(tmp_path: Path, capsys: Captured) ->
         "[optim]\nlearning_rate = 2e-4\nepochs = 2.0\n"
     )
     main(["train", str(spec), "--dry-run", "--json"])
-    from_file = read_json(capsys)["spec"]
+    from_file = read_json(capsys)["plan"]["spec"]
     flags = ["--model", "practice", "--data", str(tmp_path / "rows.jsonl"), "--method", "lora", "--rank", "4"]
     main(["train", *flags, "--learning-rate", "2e-4", "--epochs", "2.0", "--dry-run", "--json"])
-    assert read_json(capsys)["spec"] == from_file
+    assert read_json(capsys)["plan"]["spec"] == from_file

@@ -16,6 +16,7 @@ import click
 import luthier
 from luthier.cli.output import Command, print_json, print_table, say
 from luthier.extras import EXTRAS
+from luthier.machine import Machine, find_machine
 
 _KEYS = ("HF_TOKEN", "OPENAI_API_KEY", "TINKER_API_KEY", "SYNTH_API_KEY", "WANDB_API_KEY")
 _SHOWN = (
@@ -37,14 +38,16 @@ def command(as_json: bool) -> int:
     """Print versions, devices, extras, keys (never their values), disk, and the next command."""
     from luthier.runs.home import luthier_home
 
-    home = luthier_home()
+    home, machine = luthier_home(), find_machine()
     found = Diagnosis(
         luthier=luthier.__version__,
         python=platform.python_version(),
         platform=platform.platform(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_bytes=_memory_bytes(),
-        devices=_devices(),
+        cores=machine.cores,
+        memory_bytes=machine.memory_bytes,
+        available_bytes=machine.available_bytes,
+        devices=_devices(machine),
+        has_bf16=machine.has_bf16,
         packages={name: _version(name) for name in _SHOWN},
         extras={extra: all(_version(package) for package in packages) for extra, packages in EXTRAS.items()},
         keys_present=[name for name in _KEYS if os.environ.get(name)],
@@ -68,7 +71,9 @@ class Diagnosis:
     platform: str
     cores: int
     memory_bytes: int
+    available_bytes: int
     devices: list[str]
+    has_bf16: bool
     packages: dict[str, str]
     extras: dict[str, bool]
     keys_present: list[str]
@@ -82,8 +87,8 @@ def _print(found: Diagnosis) -> None:
     say(f"luthier {found.luthier}, Python {found.python}, {found.platform}")
     rows = [
         ("cores", str(found.cores)),
-        ("memory", f"{found.memory_bytes / gib:.1f} GiB"),
-        ("devices", ", ".join(found.devices)),
+        ("memory", f"{found.memory_bytes / gib:.1f} GiB ({found.available_bytes / gib:.1f} GiB free)"),
+        ("devices", ", ".join(found.devices) + ("" if found.has_bf16 else " (no bf16)")),
         ("home", f"{found.home} ({found.disk_free_bytes / gib:.1f} GiB free)"),
         ("keys", ", ".join(found.keys_present) or "none"),
     ]
@@ -123,19 +128,12 @@ def _conflicts() -> list[str]:
     return found
 
 
-def _memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 0
-
-
-def _devices() -> list[str]:
+def _devices(machine: Machine) -> list[str]:
     """Accelerators, told without importing torch."""
     found = ["cpu"]
-    nvidia = Path("/proc/driver/nvidia/gpus")
-    if nvidia.is_dir():
-        found += [f"cuda:{index}" for index, _ in enumerate(sorted(nvidia.iterdir()))]
+    if machine.device == "cuda":
+        gib = machine.device_memory_bytes / (1 << 30)
+        found += [f"cuda:{index} ({machine.device_name}, {gib:.0f} GiB)" for index in range(machine.device_count)]
     if sys.platform == "darwin" and platform.machine() == "arm64":
         found.append("mps")
     return found

@@ -2,59 +2,51 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from luthier.cli.flags import FLAGS, load_call, spec_flags
+from luthier.cli.flags import FLAGS, load_run_call, spec_flags
 from luthier.cli.output import Command, print_json, progress_bar, say
 
 if TYPE_CHECKING:
-    from luthier.spec.load import LoadedSpec, Override
+    from luthier.spec.load import LoadedSpec
 
 
 @click.command("train", cls=Command)
 @click.argument("spec", required=False)
-@click.option("--dry-run", is_flag=True, help="Prepare and check everything, then stop before training.")
+@click.option("--dry-run", is_flag=True, help="Prepare, check and plan everything, then stop before training.")
 @spec_flags(*FLAGS)
-def command(spec: str | None, dry_run: bool, settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+def command(spec: str | None, dry_run: bool, settings: tuple[str, ...], as_json: bool, **flags: Any) -> int:
     """Fine-tune a model by SPEC, or by flags alone: luthier train --model M --data F --method qlora"""
+    from luthier.cli.live import train_and_tell
+    from luthier.cli.plan_report import print_plan
     from luthier.cli.report import print_data_report
-    from luthier.errors import UnsupportedError
-    from luthier.spec.load import dump_spec
-    from luthier.workflow import prepare_data
+    from luthier.workflow import make_ready, plan_run, prepare_data, start_run, warm_up
 
-    loaded = load_call(spec, flags, settings)
-    if loaded.spec.data.train is None:
-        loaded = load_call(spec, flags, settings, extra=[_ask_for_data()])
+    loaded = load_run_call(spec, flags, settings)
+    if not dry_run:
+        warm_up(loaded.spec)
     with progress_bar("reading rows", quiet=as_json) as progress:
         prepared = prepare_data(loaded.spec, progress=progress)
+    if dry_run:
+        plan = plan_run(loaded.spec, prepared)
+    else:
+        ready = make_ready(loaded.spec, prepared)
+        plan = ready.plan
     if as_json and dry_run:
-        print_json({"spec": dump_spec(loaded.spec), "data": prepared.summary, "dry_run": True})
-        return
+        print_json({"plan": plan.as_dict(), "data": prepared.summary, "dry_run": True})
+        return 0
     if not as_json:
         _print_choices(loaded)
         print_data_report(prepared.summary)
-    if not dry_run:
-        raise UnsupportedError(
-            f"engine `{loaded.spec.engine.kind}` cannot train yet in this version; the data lies at {prepared.folder}",
-            hint="the data and mask proofs hold; training comes with the next version (`--dry-run` stops here)",
-        )
-
-
-def _ask_for_data() -> Override:
-    """Ask the person, if there is one."""
-    from luthier.errors import SpecError
-    from luthier.spec.load import Override
-
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise SpecError(
-            "no training data: `data.train` is not set",
-            hint="give --data FILE, or set data.train in the spec",
-        )
-    answer = click.prompt("Training data (a file, a folder or hf:org/name:split)", err=True)
-    return Override("data.train", answer, "answer")
+        print_plan(plan)
+    if dry_run:
+        return 0
+    run = start_run(ready)
+    if not as_json:
+        say(f"run {run.folder}")
+    return train_and_tell(run, ready, as_json=as_json)
 
 
 def _print_choices(loaded: LoadedSpec) -> None:

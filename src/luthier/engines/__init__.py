@@ -1,0 +1,1 @@
+"""Engines: the things that train, each of them five verbs."""

@@ -1,0 +1,31 @@
+"""What a process must know before torch is loaded: how many threads, and how memory is given back."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+_NO_MMAP, _NO_TRIM = (-4, 0), (-1, 2**31 - 1)
+
+
+def prepare_process(processes: int = 1) -> None:
+    """Set threads and memory for training on a CPU; what the person set in the environment wins."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    # Waiting threads sleep instead of spinning: on a shared machine spinning takes the core the work needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("USE_HUB_KERNELS", "0")
+    _keep_memory()
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what is freed: a training step asks for the same large blocks again and again."""
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in (_NO_MMAP, _NO_TRIM):
+        mallopt(option, value)

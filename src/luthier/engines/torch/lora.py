@@ -1,0 +1,253 @@
+"""LoRA layers: one fused function for the frozen product and the low-rank update, with exact, seeded dropout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from luthier.data.hashes import mix
+from luthier.errors import UnsupportedError
+from luthier.spec.method import AdapterKeys
+
+_FLOAT = torch.float32
+
+
+@dataclass
+class Dropout:
+    """Which inputs are left out: a function of seed, step, row and site alone, however rows share a batch."""
+
+    share: float
+    seed: int
+    rows: list[tuple[int, int]] = field(default_factory=list)
+    is_on: bool = False
+
+    def start(self, rows: list[tuple[int, int]]) -> None:
+        """Drop in the passes that follow; `rows` are (key of the row and step, tokens) in the order of the batch."""
+        self.rows, self.is_on = rows, self.share > 0
+
+    def stop(self) -> None:
+        """Drop nothing, as in evaluation and sampling."""
+        self.is_on = False
+
+    def mask(self, site: int, width: int, device: torch.device) -> Tensor | None:
+        """One byte an input: 1 where it stays."""
+        if not self.is_on:
+            return None
+        # Bytes cost a quarter of floats to draw; the share is rounded to 1/256 and `keep` says to what.
+        limit = round(self.share * 256)
+        drawn = np.concatenate([_bytes(self.seed, key, site, tokens * width) for key, tokens in self.rows])
+        return torch.from_numpy((drawn >= limit).view(np.uint8)).view(-1, width).to(device)
+
+    @property
+    def keep(self) -> float:
+        """The share that stays."""
+        return 1 - round(self.share * 256) / 256
+
+
+def _bytes(seed: int, key: int, site: int, count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    start = int(mix(np.array([key], np.uint64), seed * 1_000_003 + site)[0])
+    words = np.random.SFC64(start).random_raw(-(-count // 8))
+    return words.view(np.uint8)[:count]
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer whose weight is drawn from elsewhere each time, such as from 4 bits."""
+
+    def __init__(self, base: nn.Linear, weight: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.base_weight, self.bias = weight, base.bias
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _FrozenProduct.apply(x, self.base_weight, self.bias)
+        return result
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T + bias with the weight drawn again in the backward pass instead of kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        return slopes[0] @ ctx.weight(), None, None
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and its trained low-rank update, in the place of the layer it wraps."""
+
+    def __init__(self, base: nn.Linear | FrozenLinear, rank: int, scale: float, dropout: Dropout, site: int) -> None:
+        super().__init__()
+        self.base_weight = base.base_weight if isinstance(base, FrozenLinear) else _Plain(base.weight)
+        self.bias = None if base.bias is None else base.bias.requires_grad_(False)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        device = self.base_weight().device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=_FLOAT, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=_FLOAT, device=device))
+        self.scale, self.dropout, self.site = scale, dropout, site
+
+    def start(self, seed: int) -> None:
+        """The adapter's first values: uniform A as PEFT has it, zero B; a function of seed and site."""
+        generator = torch.Generator().manual_seed(int(mix(np.array([self.site], np.uint64), seed)[0] >> 1))
+        bound = 1 / math.sqrt(self.in_features)
+        drawn = torch.empty(self.lora_A.shape, dtype=_FLOAT).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            self.lora_A.copy_(drawn)
+            self.lora_B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.dropout.mask(self.site, self.in_features, x.device)
+        frozen = _Frozen(self.base_weight, self.bias, self.scale, mask, self.dropout.keep)
+        result: Tensor = _LoraProduct.apply(x, self.lora_A, self.lora_B, frozen)
+        return result
+
+    def whole_weight(self) -> Tensor:
+        """The weight with its update, for the few places that need it whole."""
+        update = (self.lora_B @ self.lora_A) * self.scale
+        base = self.base_weight()
+        return (base.to(_FLOAT) + update).to(base.dtype)
+
+
+class _Plain:
+    """A frozen weight that lies in memory as it is used."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.detach()
+
+    def __call__(self) -> Tensor:
+        return self.weight
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """What the product needs and autograd need not know."""
+
+    weight: Callable[[], Tensor]
+    bias: Tensor | None
+    scale: float
+    mask: Tensor | None
+    keep: float
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The input with what dropout leaves out."""
+        return x if self.mask is None else (x * self.mask).div_(self.keep)
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x W^T + bias + scale (dropout(x) A^T) B^T; the weight gets no gradient and is not kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, frozen: _Frozen) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        result = F.linear(flat, frozen.weight(), frozen.bias)
+        inner = frozen.dropped(flat) @ a.to(x.dtype).T
+        result.addmm_(inner, b.to(x.dtype).T, alpha=frozen.scale)
+        ctx.save_for_backward(flat, a, b, inner)
+        ctx.frozen, ctx.shape = frozen, x.shape
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        flat, a, b, inner = ctx.saved_tensors
+        frozen: _Frozen = ctx.frozen
+        slope = slopes[0].reshape(-1, slopes[0].shape[-1])
+        through = (slope @ b.to(slope.dtype)) * frozen.scale
+        slope_a = (through.T @ frozen.dropped(flat)).to(a.dtype)
+        slope_b = (slope.T @ inner).to(b.dtype) * frozen.scale
+        slope_x = None
+        if ctx.needs_input_grad[0]:
+            slope_x = slope @ frozen.weight()
+            if frozen.mask is None:
+                slope_x.addmm_(through, a.to(slope.dtype))
+            else:
+                slope_x += (through @ a.to(slope.dtype)).mul_(frozen.mask).div_(frozen.keep)
+            slope_x = slope_x.view(ctx.shape)
+        return slope_x, slope_a, slope_b, None
+
+
+def find_targets(model: nn.Module, method: AdapterKeys) -> list[str]:
+    """Full names of the linear layers that the method adapts; each name asked for must be found, and be linear."""
+    wanted = method.targets
+    chosen = [name for name, module in model.named_modules() if _is_target(name, module, wanted)]
+    if method.last_layers is not None:
+        chosen = _of_last_layers(chosen, method.last_layers)
+    for name in [] if wanted == "auto" else wanted:
+        if not any(_matches(found, name) for found in chosen):
+            raise _not_linear(model, name)
+    if not chosen:
+        raise UnsupportedError(
+            "no linear layer to adapt was found in this model",
+            hint='name them in method.targets, or set method.kind = "full"',
+        )
+    return chosen
+
+
+def _is_target(name: str, module: nn.Module, wanted: object) -> bool:
+    if not isinstance(module, nn.Linear | FrozenLinear):
+        return False
+    if isinstance(wanted, list):
+        return any(_matches(name, target) for target in wanted)
+    return _layer_number(name) is not None
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _layer_number(name: str) -> int | None:
+    """The number in a name such as `model.layers.3.mlp.up_proj`: the head and embeddings have none."""
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    return int(numbers[0]) if numbers else None
+
+
+def _of_last_layers(names: list[str], count: int) -> list[str]:
+    numbers = {number for name in names if (number := _layer_number(name)) is not None}
+    kept = set(sorted(numbers)[-count:])
+    return [name for name in names if (number := _layer_number(name)) is None or number in kept]
+
+
+def _not_linear(model: nn.Module, name: str) -> UnsupportedError:
+    found = [type(module).__name__ for path, module in model.named_modules() if _matches(path, name)]
+    found += ["a parameter of its own" for path, _ in model.named_parameters() if _matches(path, name)]
+    what = f"is {found[0]}, not a linear layer" if found else "is no layer of this model"
+    return UnsupportedError(
+        f"method.targets: `{name}` {what}",
+        hint='leave targets out, or set "auto": every linear layer but the head is found',
+    )
+
+
+def adapt(model: nn.Module, method: AdapterKeys, seed: int) -> dict[str, LoraLinear]:
+    """Put LoRA layers in the place of the targets; everything else is frozen."""
+    model.requires_grad_(False)
+    scale = method.alpha / (math.sqrt(method.rank) if method.rslora else method.rank)
+    dropout = Dropout(method.dropout, seed)
+    layers: dict[str, LoraLinear] = {}
+    for site, name in enumerate(find_targets(model, method)):
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear | FrozenLinear)
+        layer = LoraLinear(base, method.rank, scale, dropout, site)
+        layer.start(seed)
+        replace_module(model, name, layer)
+        layers[name] = layer
+    return layers
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def lora_layers(model: nn.Module) -> Iterator[LoraLinear]:
+    """The LoRA layers of a model."""
+    return (module for module in model.modules() if isinstance(module, LoraLinear))

@@ -1,0 +1,232 @@
+"""The five verbs of an engine over micro-batches of packed tokens, and what they take and return.
+
+A verb returns a handle; `.result()` waits. Everything that crosses this border is numpy, so that losses, loop and
+proofs are written once for engines on this machine and on others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Result = TypeVar("Result", covariant=True)
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """The summed value, its slope by each log-probability, and what else is worth reporting (sums too)."""
+
+    value: float
+    slope: Floats
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of the log-probabilities of one micro-batch, and the factor that makes it a share of the step.
+
+    `weights` are given where the slope is known before the log-probabilities are (it is -weights), so that an engine
+    can do all in one pass.
+    """
+
+    compute: Callable[[Floats], LossResult]
+    scale: float = 1.0
+    weights: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: segments of tokens, one after another without padding.
+
+    A segment with a prefix goes on from an earlier stretch of the batch: it sees those tokens and its own, and its
+    positions count on from there, so that two answers share one prompt. `sources` are the places whose hidden state
+    predicts, `targets` what they should predict (two-dimensional for K targets a place), `offsets` where each
+    sequence begins among them. `keys` tell the rows apart for dropout.
+    """
+
+    tokens: Ints
+    segments: Ints
+    prefixes: Ints
+    sources: Ints
+    targets: Ints
+    offsets: Ints
+    keys: Ints
+    step: int = 0
+
+    @cached_property
+    def positions(self) -> Ints:
+        """The position of each token within its own sequence."""
+        found = np.arange(len(self.tokens), dtype=np.int64)
+        for (start, stop), (first, last) in zip(self.segments.tolist(), self.prefixes.tolist(), strict=True):
+            found[start:stop] += (last - first) - start
+        return found
+
+    def alone(self) -> list[Batch]:
+        """The same work with one segment in each batch, for models in which packed segments would leak."""
+        return [self._only(number) for number in range(len(self.offsets) - 1)]
+
+    def _only(self, sequence: int) -> Batch:
+        (start, stop), (first, last) = self.segments[sequence].tolist(), self.prefixes[sequence].tolist()
+        chosen = slice(int(self.offsets[sequence]), int(self.offsets[sequence + 1]))
+        tokens = np.concatenate([self.tokens[first:last], self.tokens[start:stop]])
+        sources = self.sources[chosen]
+        is_own = sources >= start
+        moved = np.where(is_own, sources - start + (last - first), sources - first)
+        whole = np.array([[0, len(tokens)]])
+        count = np.array([0, chosen.stop - chosen.start])
+        keys = self.keys[sequence : sequence + 1]
+        return Batch(tokens, whole, np.zeros((1, 2), np.int64), moved, self.targets[chosen], count, keys, self.step)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a pass over a batch gives back; `hits` tells which targets were the likeliest token, where known."""
+
+    logprobs: Floats
+    value: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    hits: npt.NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class StepParams:
+    """How one optimizer step is taken."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """Whether the step was taken. It is refused for gradients that are not finite; `replay` says to try it again."""
+
+    taken: bool
+    grad_norm: float
+    replay: bool = False
+
+
+@dataclass(frozen=True)
+class SampleParams:
+    """How tokens are drawn; temperature 0 takes the likeliest."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What an engine says of itself once the model is loaded."""
+
+    engine: str
+    device: str
+    precision: str
+    trainable_parameters: int
+    total_parameters: int
+    is_packed: bool
+    versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+class OutOfMemory(Exception):
+    """The device had no room for a micro-batch; gradients are as they were before it or cleared by the caller."""
+
+
+class Handle(Protocol[Result]):
+    """A result that may still be on its way."""
+
+    def result(self) -> Result:
+        """Wait for it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ready(Generic[Result]):
+    """A handle whose result is there, or is made when asked for."""
+
+    make: Callable[[], Result]
+
+    def result(self) -> Result:
+        return self.make()
+
+
+class Saved(Protocol):
+    """Weights or state, taken at one moment; written later, perhaps by another thread.
+
+    A live one was not copied: it must be written before training goes on.
+    """
+
+    @property
+    def is_live(self) -> bool:
+        """Whether training on would change it."""
+        ...
+
+    def write(self, folder: Path) -> None:
+        """Write its files into the folder."""
+        ...
+
+
+class Engine(Protocol):
+    """The thing that trains."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What was loaded."""
+        ...
+
+    def forward_backward(self, batch: Batch, loss: Loss) -> Handle[Computed]:
+        """Log-probabilities, the loss, and gradients added to what is there."""
+        ...
+
+    def forward(self, batch: Batch) -> Handle[Computed]:
+        """Log-probabilities alone."""
+        ...
+
+    def optim_step(self, params: StepParams) -> Handle[StepTaken]:
+        """Reduce over processes, check that gradients are finite, step or refuse; clears the gradients."""
+        ...
+
+    def discard_gradients(self) -> None:
+        """Forget the gradients gathered so far."""
+        ...
+
+    def save(self, what: str) -> Saved:
+        """`weights` as they are published, or the `state` that resuming needs besides."""
+        ...
+
+    def load(self, weights: Path, state: Path | None = None) -> None:
+        """Go on from what was saved."""
+        ...
+
+    def sample(self, prompts: Sequence[Sequence[int]], params: SampleParams) -> Handle[list[list[int]]]:
+        """Tokens that follow each prompt, with the weights as they stand."""
+        ...
+
+    def sum_over_processes(self, values: Floats) -> Floats:
+        """The sum of the values over all processes of the run."""
+        ...
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory the device has held for this run so far."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the device and of the other processes."""
+        ...
+
+
+Build = Callable[..., Any]

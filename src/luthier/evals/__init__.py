@@ -1,0 +1,1 @@
+"""Evaluations: what a model answers, measured."""

@@ -1,0 +1,219 @@
+"""One process's work on one run: engine, references, resume, loop and results, with every event recorded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.data.order import step_examples
+from luthier.data.prepared import Prepared
+from luthier.engines.registry import find_engine
+from luthier.engines.verbs import Engine
+from luthier.errors import LuthierError, ResumeError
+from luthier.runs import events
+from luthier.runs.checkpoints import CheckpointStore, ResumePoint
+from luthier.runs.lineage import data_hash, list_changes, list_versions
+from luthier.runs.resolve import ResolvedModel
+from luthier.runs.run import Run
+from luthier.spec.method import FullMethod
+from luthier.spec.objective import DpoObjective
+from luthier.spec.plan import RunPlan
+from luthier.training.finish import close_run, keep_best, write_results
+from luthier.training.loop import Loop, Outcome, Progress, Watch
+from luthier.training.objectives import References
+from luthier.training.reference import compute_references, find_references, write_references
+from luthier.training.signals import StopFlag
+
+_KEPT_FULL_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a process needs to train a run; `share` is its number among how many."""
+
+    run: Run
+    plan: RunPlan
+    prepared: Prepared
+    resolved: ResolvedModel
+    home: Path
+    watch: Watch
+    stop: StopFlag
+    share: tuple[int, int] = (0, 1)
+    packed: bool = True
+    """Whether rows share a forward pass; a proof turns it off."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes."""
+        return self.share[0] == 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a run ended, and where its result is."""
+
+    outcome: Outcome
+    progress: Progress
+    final: Path | None
+    merged: Path | None = None
+
+
+def train(work: Work, *, resume: bool = False, allow_changed: bool = False) -> Trained:
+    """Train the run from its start or from its newest checkpoint."""
+    with ExitStack() as stack:
+        if work.leads:
+            stack.enter_context(work.run.lock())
+        stack.enter_context(work.stop)
+        try:
+            return _train(work, resume=resume, allow_changed=allow_changed)
+        except LuthierError as error:
+            if work.run.events is not None and error.code != "disk_full":
+                _record(work)(events.Failed(error.code, error.message))
+            raise
+
+
+def _train(work: Work, *, resume: bool, allow_changed: bool) -> Trained:
+    watch, plan, store = _record(work), work.plan, _open_store(work)
+    watch(events.RunStarted(work.run.id, versions=list_versions()))
+    watch(events.Planned(plan.as_dict()))
+    watch(events.DataReady(_counts(work.prepared), work.prepared.was_cached))
+    point = _find_point(work, store, watch, allow_changed=allow_changed) if resume else None
+    engine = _load_engine(work, watch)
+    try:
+        references = _find_references(work, engine, watch)
+        if references is None and isinstance(plan.spec.objective, DpoObjective):
+            return _stopped_early(work, watch)
+        loop = Loop(
+            plan,
+            work.prepared,
+            engine,
+            store,
+            watch=watch,
+            stop=work.stop,
+            share=work.share,
+            references=references,
+            facts={"data": data_hash(work.prepared), "plan": plan.hash(), "processes": work.share[1]},
+        )
+        if point is not None:
+            engine.load(point.weights, point.state)
+            loop.resume(point.step, point.facts["progress"])
+        outcome = loop.run()
+        if not outcome.is_done:
+            return Trained(outcome, loop.progress, None)
+        keep_best(engine, store, plan, loop.progress)
+        final = None
+        if work.leads:
+            final = write_results(work.run, plan, work.prepared, work.resolved, engine, loop.progress)
+            close_run(work.run, plan, work.home, outcome, loop.progress, engine.peak_memory_bytes(), watch)
+        return Trained(outcome, loop.progress, final)
+    finally:
+        engine.close()
+
+
+def _record(work: Work) -> Watch:
+    """Events go to the run's log, and to whoever watches; only the leading process tells."""
+
+    def watch(event: events.Event) -> None:
+        if work.leads:
+            work.run.events.append(event)
+            work.watch(event)
+
+    return watch
+
+
+def _open_store(work: Work) -> CheckpointStore:
+    keep = work.plan.spec.output.keep_checkpoints
+    if keep is None and isinstance(work.plan.spec.method, FullMethod):
+        keep = _KEPT_FULL_CHECKPOINTS
+    return work.run.checkpoints(keep_weights=keep)
+
+
+def _counts(prepared: Prepared) -> dict[str, Any]:
+    return {name: prepared.summary[name] for name in ("rows", "train", "valid", "dropped", "tokens", "trained_tokens")}
+
+
+def _find_point(work: Work, store: CheckpointStore, watch: Watch, *, allow_changed: bool) -> ResumePoint | None:
+    """The newest whole checkpoint; refused when what it stands on has changed, unless told to insist."""
+    changes = list_changes(work.run.folder, work.plan, work.prepared, work.resolved)
+    if changes and not allow_changed:
+        raise ResumeError(
+            f"{work.run.id}: cannot go on, because this is not as it was: {'; '.join(changes)}",
+            hint="start a new run, or insist with --allow-changed",
+            details=changes,
+        )
+    for change in changes:
+        watch(events.Warned("changed", f"resumed although changed: {change}"))
+    point, broken = store.find_newest()
+    for each in broken:
+        watch(events.CheckpointBroken(str(each.path), each.reason))
+    return point
+
+
+def _load_engine(work: Work, watch: Watch) -> Engine:
+    started = time.monotonic()
+    build = find_engine(work.plan.spec.engine.kind)
+    engine: Engine = build(work.plan, work.resolved, work.home, packed=work.packed)
+    facts = engine.facts
+    watch(events.EngineLoaded(time.monotonic() - started, facts.is_packed, facts.trainable_parameters, facts.precision))
+    if work.packed and not facts.is_packed:
+        watch(
+            events.Warned(
+                "one_segment",
+                "this model carries state from one packed segment to the next, so each example is computed alone",
+            )
+        )
+    return engine
+
+
+def _find_references(work: Work, engine: Engine, watch: Watch) -> References | None:
+    """The reference log-probabilities of DPO; the engine still holds the base's weights."""
+    plan = work.plan
+    if not isinstance(plan.spec.objective, DpoObjective):
+        return None
+    folder = work.run.folder / "reference"
+    facts = {"data": data_hash(work.prepared), "plan": plan.hash()}
+    kept = find_references(folder, facts)
+    if kept is not None:
+        return kept
+    batch, end = plan.spec.optim.batch, plan.stream_end
+    positions = plan.steps * batch if end is None else min(plan.steps * batch, end)
+    met = {
+        int(work.prepared.train[place])
+        for step in range(-(-min(positions, plan.train_examples) // batch))
+        for place in step_examples(step, plan.train_examples, batch, plan.spec.seed, last=end)
+    }
+    table = compute_references(
+        engine,
+        work.prepared,
+        met | {int(example) for example in work.prepared.valid},
+        budget_tokens=plan.spec.compute.micro_batch_tokens or int(work.prepared.example_lengths.max()),
+        share=work.share,
+        stop=work.stop,
+        tick=_ticker(watch),
+    )
+    if work.leads and table is not None:
+        write_references(folder, table, facts)
+    return table
+
+
+def _stopped_early(work: Work, watch: Watch) -> Trained:
+    """Asked to stop before the first step: there is nothing to save yet."""
+    outcome = Outcome(0, work.stop.reason or "SIGTERM")
+    watch(events.Stopped(0, outcome.reason))
+    return Trained(outcome, Progress(), None)
+
+
+def _ticker(watch: Watch) -> Callable[[int, int], None]:
+    shown = 0.0
+
+    def tick(done: int, count: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > 1 or done == count:
+            shown = time.monotonic()
+            watch(events.Working("reference", done, count))
+
+    return tick
