@@ -16,6 +16,7 @@
     |-- RunError           a run folder cannot be used
     |   |-- RunLockedError      another process trains the run
     |   `-- CheckpointError     a checkpoint is not what its manifest says
+    |-- HubError           the model hub refused, or could not be reached
     |-- StorageError       the disk refused
     |   `-- DiskFullError       there is no room left
     |-- TrainingError      training cannot go on
@@ -132,6 +133,12 @@ class PlanError(LuthierError, MemoryError):
     """The run needs more than this machine has; the error says how much of what, and what would help."""
 
     code = "plan_does_not_fit"
+
+
+class HubError(LuthierError, ConnectionError):
+    """The model hub refused what was asked of it, or could not be reached."""
+
+    code = "hub_refused"
 
 
 class StorageError(LuthierError, OSError):

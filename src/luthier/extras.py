@@ -14,6 +14,7 @@ EXTRAS = {
     "parquet": ("pyarrow",),
     "zstd": ("zstandard",),
     "hf": ("datasets",),
+    "gguf": ("gguf",),
     "torch": ("torch", "transformers", "bitsandbytes"),
 }
 

@@ -17,7 +17,7 @@ FORBIDDEN_CALLS = {"eval", "exec", "__import__", "torch.load", "os.system", "os.
 FORBIDDEN_ARGUMENTS = {"trust_remote_code", "allow_pickle"}
 
 # Where a page or a licence has to name somebody else's address; example hosts are nobody's.
-KNOWN_HOSTS = {"www.apache.org", "json-schema.org", "localhost", "127.0.0.1", "keepachangelog.com"}
+KNOWN_HOSTS = {"www.apache.org", "www.w3.org", "json-schema.org", "localhost", "127.0.0.1", "keepachangelog.com"}
 EXAMPLE_HOST = re.compile(r"(?:^|\.)(?:example|invalid|test)(?:\.(?:com|org|net))?$")
 MACHINE_PATH = re.compile(r"(?<![\w.~}-])/(?:work|root|home|Users|mnt|opt|srv)/\w|/tmp/[\w-]*session")
 PRIVATE_HOST = re.compile(

@@ -6,11 +6,11 @@ import math
 from typing import TYPE_CHECKING
 
 from luthier.cli.output import paint, print_table, say
+from luthier.reports.words import show_bytes, show_seconds
 
 if TYPE_CHECKING:
     from luthier.spec.plan import Decision, RunPlan
 
-_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 _LISTED = 12
 
 
@@ -78,22 +78,3 @@ def _value(decision: Decision) -> str:
         shown = ", ".join(str(each) for each in value[:_LISTED])
         return shown if len(value) <= _LISTED else f"{shown} and {len(value) - _LISTED} more"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def show_bytes(count: float) -> str:
-    """A number of bytes as a person reads it."""
-    for size, unit in _UNITS:
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
-
-
-def show_seconds(seconds: float) -> str:
-    """A time as a person reads it."""
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    minutes = math.ceil(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours / 24:.1f} days"
