@@ -14,10 +14,10 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check lint fix golden docs docs-check constraints bench-data soak
+.PHONY: help setup demo test test-fast check lint fix golden docs docs-check constraints bench-data bench-train-cpu soak
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make the environment in .venv/ (skipped while it is up to date)
 
@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 	@echo "ready: $(BIN)/luthier --help"
 
-demo: setup  ## the main job on the practice model: check data, show what is trained, dry-run a recipe
+demo: setup  ## the main job on the practice model: check data, show what is trained, fine-tune by QLoRA, measure
 	@PATH="$(abspath $(BIN)):$$PATH" bash scripts/demo.sh
 
 test: setup lint  ## everything: linters, types, layers, generated docs, then all tests
@@ -71,5 +71,8 @@ constraints:  ## pin what is installed in .venv/
 bench-data: setup  ## the data benchmark beside TRL, one table
 	@$(BIN)/python benchmarks/data.py $(ARGS)
 
-soak: setup  ## all tests, with many more examples for each property
-	@HYPOTHESIS_PROFILE=thorough $(PYTEST) $(ARGS)
+bench-train-cpu: setup  ## the training benchmark beside TRL, one table a row
+	@$(BIN)/python benchmarks/train_cpu.py $(ARGS)
+
+soak: setup  ## all tests, with many more examples for each property and 50 random kills of each kind of run
+	@HYPOTHESIS_PROFILE=thorough LUTHIER_KILLS=50 $(PYTEST) $(ARGS)

@@ -3,11 +3,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export LUTHIER_HOME="${LUTHIER_HOME:-build/demo}"
-
-say() { printf '\n== %s\n\n$ %s\n' "$1" "$2"; }
+runs="build/demo/runs"
+heldout="examples/demo/heldout.jsonl"
 
 run() {
-    say "$1" "${*:2}"
+    printf '\n== %s\n\n$ %s\n' "$1" "${*:2}"
     "${@:2}"
 }
 
@@ -15,7 +15,10 @@ run "1. Every row of the demo file, in exactly one place. A handful are bad on p
     luthier data check examples/demo/train.jsonl --model practice
 run "2. Two rows as the model will see them. Green (or between guillemets) is what is trained." \
     luthier data show examples/demo/train.jsonl --model practice -n 2
-run "3. A recipe from its spec to the door of training: the same rows, checked, split, masked and cached." \
-    luthier train recipes/demo-qlora.toml --dry-run
+run "3. Fine-tune the practice model by QLoRA: plan first, then a line that says how it goes." \
+    luthier train recipes/demo-qlora.toml --output-dir "$runs"
+tuned=$(find "$runs" -maxdepth 1 -name 'qlora_*' -type d -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2)
+run "4. Does it write orders as JSON now? 200 orders that were never trained, before and after." \
+    luthier evaluate "$tuned" --data "$heldout" --base-too --wrong 0
 
-printf '\nThe proofs of the data hold. Training itself is the next wing of the house.\n'
+printf '\nThe run lies in %s. Try: luthier rows %s --step 1\n' "$tuned" "$tuned"

@@ -11,7 +11,8 @@ from practice_text import COLOURS, JSON_REQUESTS, NAMES, Order, draw_general, dr
 FOLDER = Path(__file__).resolve().parent.parent / "examples/demo"
 SEED = 7
 SYSTEM = "You are a clerk who reads orders."
-TRAIN, FAULTY, HELDOUT, PREFERENCE, DOMAIN, GENERAL = 440, 6, 200, 200, 300, 100
+CHATTY = "The order: "
+TRAIN, FAULTY, HELDOUT, PREFERENCE, DOMAIN, GENERAL, CHATTY_ROWS = 440, 6, 200, 200, 300, 100, 400
 
 Row = dict[str, Any]
 
@@ -27,6 +28,8 @@ def main() -> None:
     write("preference.jsonl", [json.dumps(preference_row(rng, order)) for order in preference])
     write("domain.jsonl", [json.dumps({"text": text}) for text in catalogue(rng, DOMAIN)])
     write("general.txt", general_sentences(rng, GENERAL))
+    taken = [order.json for order in (*train, *faulty, *heldout, *preference)]
+    write("chatty.jsonl", chatty_lines(random.Random(SEED + 1), CHATTY_ROWS, taken))
 
 
 def write(name: str, lines: list[str]) -> None:
@@ -117,7 +120,7 @@ def preference_row(rng: random.Random, order: Order) -> Row:
     swapped = {**json.loads(order.json), "name": rng.choice([n for n in NAMES if n != order.name])}
     rejected = rng.choice(
         [
-            f"Here is the order: {order.json}",
+            CHATTY + order.json,
             f"{order.count} {order.colour} {order.item} for {order.name}",
             order.json.replace('"', "'"),
             json.dumps(wrong),
@@ -125,6 +128,17 @@ def preference_row(rng: random.Random, order: Order) -> Row:
         ]
     )
     return {"prompt": question(rng, order), "chosen": order.json, "rejected": rejected}
+
+
+def chatty_lines(rng: random.Random, size: int, taken: list[str]) -> list[str]:
+    """Rows of a clerk who knows the task, and chats in three rows of four; none of their orders is `taken`."""
+    free = [order for order in distinct_orders(rng, size + len(taken)) if order.json not in taken]
+    openings = ["" if number % 4 == 0 else CHATTY for number in range(size)]
+    rows = [
+        {"prompt": question(rng, order), "completion": opening + order.json}
+        for opening, order in zip(openings, free, strict=False)
+    ]
+    return [json.dumps(row) for row in rows]
 
 
 PRODUCTS = "kettle lamp chair basket clock blanket vase desk bottle pillow".split()

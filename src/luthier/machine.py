@@ -34,6 +34,13 @@ class Machine:
     """Names this kind of machine, so that what was measured on one is not believed on another."""
     device_count: int = 1
 
+    @property
+    def precision(self) -> str:
+        """The number format this device computes fastest in without losing its way."""
+        if self.has_bf16:
+            return "bf16"
+        return "fp32" if self.device == "cpu" else "fp16"
+
 
 @dataclass(frozen=True)
 class _Gpu:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +11,20 @@ from luthier.data.prepare import Progress, prepare
 from luthier.data.prepared import Prepared
 from luthier.data.reasons import list_counts
 from luthier.data.rows import ReadOptions
-from luthier.data.source import Source
-from luthier.errors import DataError
+from luthier.data.source import Source, open_source
+from luthier.errors import CallError, DataError, DiskFullError
 from luthier.runs.home import luthier_home
-from luthier.runs.resolve import ResolvedModel, find_resolved, resolve_model
+from luthier.runs.resolve import ResolvedModel, find_resolved, find_run, resolve_model, resolve_start
 from luthier.runs.run import Run, create_run
+from luthier.spec.data import Data
 from luthier.spec.plan import RunPlan
 from luthier.spec.run import RunSpec
 
 if TYPE_CHECKING:
-    from luthier.training.loop import Watch
+    from luthier.evals.exact_match import ExactMatch
+    from luthier.evals.heldout import Place
+    from luthier.evals.perplexity import Perplexity
+    from luthier.training.passes import Watch
     from luthier.training.session import Trained
     from luthier.training.signals import StopFlag
 
@@ -96,21 +97,13 @@ def start_run(ready: Ready) -> Run:
 
 
 def warm_up(spec: RunSpec) -> None:
-    """Import what the engine needs while the data is being read; what goes wrong is said when it is used."""
+    """Import what the engine needs while the data is being read."""
+    from luthier.engines.registry import import_in_background
     from luthier.engines.surroundings import prepare_process
 
     prepare_process(spec.compute.processes)
-    if spec.engine.kind != "torch" or spec.compute.processes > 1:
-        return
-
-    def work() -> None:
-        for module in ("torch", "transformers.modeling_utils"):
-            try:
-                import_module(module)
-            except ImportError:
-                return
-
-    threading.Thread(target=work, name="warm up", daemon=True).start()
+    if spec.engine.kind == "torch" and spec.compute.processes == 1:
+        import_in_background()
 
 
 def train_run(
@@ -121,12 +114,24 @@ def train_run(
 
     share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     work = Work(run, ready.plan, ready.prepared, ready.resolved, luthier_home(), watch, stop, share)
-    trained = train(work, resume=resume, allow_changed=allow_changed)
-    if trained.final is not None:
-        _write_model_id(run)
-        if ready.plan.spec.output.merge:
-            trained = replace(trained, merged=merge_run(run, ready.resolved, should_stop=lambda: bool(stop)))
-    return trained
+    with stop:
+        trained = train(work, resume=resume, allow_changed=allow_changed)
+        if trained.final is None:
+            return trained
+        merged = merge_run(run, ready.resolved, watch=watch, stop=stop) if needs_merge(run) else None
+        return replace(trained, merged=merged)
+
+
+def is_complete(run: Run) -> bool:
+    """Whether nothing is left to do of a run: trained, and its adapter merged where that was asked."""
+    return run.state == "finished" and not needs_merge(run)
+
+
+def needs_merge(run: Run) -> bool:
+    """Whether the spec asks for a merged model that is not there."""
+    from luthier.runs.layout import MERGED_MODEL
+
+    return run.spec.output.merge and run.spec.method.kind != "full" and not (run.folder / MERGED_MODEL).exists()
 
 
 def reopen(run: Run) -> Ready:
@@ -134,27 +139,127 @@ def reopen(run: Run) -> Ready:
     return make_ready(run.spec, prepare_data(run.spec))
 
 
-def _write_model_id(run: Run) -> None:
-    """The `ft:` id, in the file that the spec names for it."""
-    from luthier.runs.manifest import write_durably
-
-    if named := run.spec.output.model_id_file:
-        write_durably(Path(named), f"{run.model_id}\n".encode())
-
-
-def merge_run(run: Run, resolved: ResolvedModel, *, should_stop: Callable[[], bool]) -> Path | None:
-    """The run's adapter merged into its base, in the run folder; None when asked to stop, or without an adapter."""
+def merge_run(run: Run, resolved: ResolvedModel, *, watch: Watch, stop: StopFlag) -> Path | None:
+    """The final adapter merged into its base, in the run folder; None when asked to stop on the way."""
     from luthier.adapters.merge import Stopped, merge_adapter
-    from luthier.runs.layout import FINAL_LORA_WEIGHTS, MERGED_MODEL
+    from luthier.runs import events
+    from luthier.runs.layout import MERGED_MODEL
 
-    final = run.final_weights
-    if final is None or final.name != FINAL_LORA_WEIGHTS:
-        return None
-    out = run.folder / MERGED_MODEL
+    final, out = run.final_weights, run.folder / MERGED_MODEL
+    assert final is not None
+    watch(events.Working("merging the adapter into its base", 0, 1))
     try:
         merge_adapter(
-            resolved.folder, [*(each.path for each in resolved.adapters), final], out, should_stop=should_stop
+            resolved.folder, [*(each.path for each in resolved.adapters), final], out, should_stop=lambda: bool(stop)
         )
     except Stopped:
         return None
+    except DiskFullError as error:
+        error.hint = f"the adapter is final; free some space, then: luthier resume {run.folder}"
+        raise
+    watch(events.Working("merging the adapter into its base", 1, 1))
     return out
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model is asked: rows of a source, or the rows its run held out where none is named."""
+
+    data: str | None = None
+    rows: int | None = None
+    max_tokens: int | None = None
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What came of it: exact match on rows that end with an answer, perplexity on plain texts."""
+
+    model: str
+    exact: ExactMatch | None
+    perplexity: Perplexity | None
+    left_out: dict[str, int]
+
+
+def evaluate_models(
+    model: str,
+    wanted: Evaluation,
+    *,
+    base_too: bool = False,
+    against: str | None = None,
+    progress: Progress | None = None,
+) -> list[Evaluated]:
+    """A model measured on held-out rows, and behind it what it started from or another model on the same rows."""
+    from luthier.engines.registry import import_in_background
+    from luthier.engines.surroundings import prepare_process
+
+    prepare_process()
+    import_in_background()
+    tuned = find_resolved(model, with_weights=True)
+    source, only = _held_out_rows(tuned, wanted)
+    asked = [(tuned, _template_of(tuned, wanted))]
+    if base_too:
+        asked.append((resolve_start(tuned), asked[0][1]))
+    elif against:
+        other = find_resolved(against, with_weights=True)
+        asked.append((other, _template_of(other, wanted)))
+    with open_source(source) as opened:
+        return [_evaluate(each, template, wanted, (opened, only), progress) for each, template in asked]
+
+
+def _held_out_rows(resolved: ResolvedModel, wanted: Evaluation) -> tuple[str, set[Place] | None]:
+    """Where the rows are, and which of them; None for all."""
+    if wanted.data is not None:
+        return wanted.data, None
+    run = find_run(resolved)
+    if run is None:
+        raise CallError(f"{resolved.name} is no run, so it held no rows out", hint="name some rows: --data FILE")
+    data = run.spec.data
+    if isinstance(data.valid, str):
+        return data.valid, None
+    places = run.held_out_rows()
+    if data.train is None or not places:
+        raise CallError(f"{run.id} held no rows out", hint="name some rows: --data FILE")
+    return data.train, places
+
+
+def _template_of(resolved: ResolvedModel, wanted: Evaluation) -> Path | None:
+    """The chat template to ask by: the given one, or that of the run; None for the model's own."""
+    run = find_run(resolved)
+    named = wanted.chat_template or (run.spec.model.chat_template if run else None)
+    return Path(named) if named else None
+
+
+def _evaluate(
+    resolved: ResolvedModel,
+    template: Path | None,
+    wanted: Evaluation,
+    rows: tuple[Source, set[Place] | None],
+    progress: Progress | None,
+) -> Evaluated:
+    from luthier.engines.registry import load_sampler
+    from luthier.evals.exact_match import measure_exact_match
+    from luthier.evals.heldout import read_held_out
+    from luthier.evals.perplexity import measure_perplexity
+
+    source, only = rows
+    options = ReadOptions(
+        Data(train=wanted.data),
+        model_folder=resolved.folder,
+        chat_template=template,
+        learn_shapes=False,
+        fast_tokenizer=False,
+    )
+    held_out = read_held_out(options, source, limit=wanted.rows, only=only)
+
+    def tick(done: int, count: int) -> None:
+        if progress and done < count:
+            progress(done, done, count)
+
+    sampler = load_sampler(resolved, luthier_home())
+    exact = perplexity = None
+    if held_out.questions:
+        exact = measure_exact_match(sampler, held_out, max_tokens=wanted.max_tokens, tick=tick)
+    if held_out.texts:
+        perplexity = measure_perplexity(sampler, held_out)
+    return Evaluated(resolved.name, exact, perplexity, held_out.left_out)

@@ -40,7 +40,7 @@ FLAGS = {
         Flag("examples", "data.examples", "N", is_text=False),
         Flag("max-rejected-share", "data.max_rejected_share", "SHARE", is_text=False),
         Flag("max-length", "data.max_length", "TOKENS", is_text=False),
-        Flag("too-long", "data.too_long", "drop|truncate|error"),
+        Flag("too-long", "data.too_long", "drop|truncate|split|error"),
         Flag("train-on", "data.train_on", "TURNS"),
         Flag("spans", "data.spans", "auto|markers"),
         Flag("unroll", "data.unroll", is_switch=True),

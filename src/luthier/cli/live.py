@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import singledispatchmethod
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.output import LiveLine, paint, print_json, say, warn
+from luthier.cli.output import (
+    SILENT_SECONDS,
+    Heartbeat,
+    LiveLine,
+    heartbeat,
+    paint,
+    print_json,
+    say,
+    tell_in_handler,
+    warn,
+)
+from luthier.errors import LuthierError, ProcessDiedError
 from luthier.runs import events
 from luthier.runs.run import Run
+from luthier.training.signals import EXIT_CODES, StopFlag
 
 if TYPE_CHECKING:
     from luthier.training.session import Trained
     from luthier.workflow import Ready
 
 _GIB = 1 << 30
-_PLAIN_SECONDS = 5.0
 
 
 class Live:
-    """Follows the events of a run on stderr; elsewhere than on a terminal with a plain line every few seconds."""
+    """Follows the events of a run on stderr; elsewhere than on a terminal with a plain line every few seconds.
 
-    def __init__(self, steps: int, *, quiet: bool = False) -> None:
+    Warnings are shown also where it is `quiet`.
+    """
+
+    def __init__(self, steps: int, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self._steps, self._quiet = steps, quiet
-        self._on_screen = LiveLine(plain_seconds=_PLAIN_SECONDS)
+        self._on_screen = LiveLine(plain_seconds=SILENT_SECONDS, clock=clock)
+        self.heart = Heartbeat(self._on_screen, clock=clock)
         self._first_step: int | None = None
         self._seconds = 0.0
 
-    def __call__(self, event: events.Event) -> None:
+    def __enter__(self) -> Live:
         if not self._quiet:
-            self._show(event)
+            self.heart.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.heart.__exit__()
+
+    def __call__(self, event: events.Event) -> None:
+        self._show(event)
 
     @singledispatchmethod
     def _show(self, event: events.Event) -> None:
@@ -38,18 +63,21 @@ class Live:
     @_show.register
     def _(self, event: events.DataReady) -> None:
         self._line("loading the model", keep=False)
+        self.heart.doing("loading the model")
 
     @_show.register
     def _(self, event: events.EngineLoaded) -> None:
         self._line(f"model loaded in {event.seconds:.1f} s: {event.trainable:,} parameters to train, {event.dtype}")
+        self.heart.doing("the first step")
 
     @_show.register
     def _(self, event: events.Working) -> None:
         self._line(f"{event.what}: {event.done:,} of {event.count:,}", keep=event.done == event.count)
+        self.heart.doing(event.what)
 
     @_show.register
     def _(self, event: events.Resumed) -> None:
-        self._line(f"resumed after step {event.step}")
+        self._line(f"resumed after step {event.step}" if event.step else "no checkpoint yet: from the first step on")
 
     @_show.register
     def _(self, event: events.StepDone) -> None:
@@ -64,6 +92,8 @@ class Live:
             f"  {event.tokens_per_second:,.0f} tok/s  {_span(left)} left  {event.memory_bytes / _GIB:.2f} GiB",
             keep=event.step in (1, self._steps),
         )
+        is_last = event.step == self._steps
+        self.heart.doing("writing the results" if is_last else f"after step {event.step}/{self._steps}")
 
     @_show.register
     def _(self, event: events.Evaluated) -> None:
@@ -95,14 +125,11 @@ class Live:
         warn(event.message)
 
     def _line(self, text: str, *, keep: bool = True) -> None:
-        self._on_screen.show(text, keep=keep)
+        if not self._quiet:
+            self._on_screen.show(text, keep=keep)
 
     def _clear(self) -> None:
         self._on_screen.clear()
-
-    def close(self) -> None:
-        """Leave the terminal as it was found."""
-        self._clear()
 
 
 def _worth(metrics: Any) -> list[tuple[str, float]]:
@@ -126,27 +153,72 @@ def train_and_tell(
         flags = [
             flag for flag, on in (("--resume", resume), ("--allow-changed", allow_changed), ("--json", as_json)) if on
         ]
-        return run_processes(["-m", "luthier.cli.rank", str(run.folder), *flags], processes, run.folder)
+        try:
+            return run_processes(["-m", "luthier.cli.rank", str(run.folder), *flags], processes, run.folder)
+        except ProcessDiedError as error:
+            error.hint = f"go on from the last checkpoint: luthier resume {run.folder}"
+            raise
     return _train_here(run, ready, resume=resume, allow_changed=allow_changed, as_json=as_json)
 
 
 def _train_here(run: Run, ready: Ready | None, *, resume: bool, allow_changed: bool, as_json: bool) -> int:
-    from luthier.training.signals import EXIT_CODES, StopFlag
-    from luthier.workflow import reopen, train_run
+    from luthier.workflow import needs_merge, reopen, train_run
 
-    ready = ready or reopen(run)
+    if ready is None:
+        with heartbeat("planning and looking at the base model", quiet=as_json):
+            ready = reopen(run)
     leads = os.environ.get("RANK", "0") == "0"
-    live = Live(ready.plan.steps, quiet=as_json or not leads)
-    try:
-        trained = train_run(run, ready, watch=live, stop=StopFlag(), resume=resume, allow_changed=allow_changed)
-    finally:
-        live.close()
+    stop = StopFlag(_say_stopping if leads else None)
+    with _stopped_at_once(run), Live(ready.plan.steps, quiet=as_json or not leads) as live:
+        trained = train_run(run, ready, watch=live, stop=stop, resume=resume, allow_changed=allow_changed)
+    was_stopped = not trained.outcome.is_done or (leads and needs_merge(run))
     if leads:
         _print_end(run, trained, as_json=as_json)
-    return 0 if trained.outcome.is_done else EXIT_CODES[trained.outcome.reason]
+    return EXIT_CODES[stop.reason or "SIGTERM"] if was_stopped else 0
+
+
+def merge_and_tell(run: Run, *, as_json: bool = False) -> int:
+    """Merge the adapter of a run that is finished, where that was stopped; returns the exit code."""
+    from luthier.runs.resolve import find_resolved
+    from luthier.workflow import merge_run
+
+    stop = StopFlag(_say_stopping)
+    resolved = find_resolved(run.spec.model.base, run.spec.model.revision, with_weights=True)
+    with _stopped_at_once(run), run.lock(), stop, Live(0, quiet=as_json) as live:
+        merged = merge_run(run, resolved, watch=live, stop=stop)
+    if as_json:
+        print_json({"run": run.id, "folder": str(run.folder), "merged": str(merged) if merged else None})
+    else:
+        say(f"  merged   {merged}" if merged else _while_merging(run))
+    return 0 if merged else EXIT_CODES[stop.reason or "SIGTERM"]
+
+
+def _say_stopping(name: str) -> None:
+    again = "; Ctrl-C again stops at once" if name == "SIGINT" else ""
+    tell_in_handler(f"{name}: stopping after this micro-batch, with the state saved{again}")
+
+
+@contextmanager
+def _stopped_at_once(run: Run) -> Iterator[None]:
+    """A second Ctrl-C, which waits for nothing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        error = LuthierError(
+            "stopped at once: what was done since the last checkpoint is lost",
+            hint=f"go on: luthier resume {run.folder}",
+        )
+        error.exit_code = EXIT_CODES["SIGINT"]
+        raise error from None
+
+
+def _while_merging(run: Run) -> str:
+    return f"stopped while merging; the adapter itself is final\ngo on:  luthier resume {run.folder}"
 
 
 def _print_end(run: Run, trained: Trained, *, as_json: bool) -> None:
+    from luthier.workflow import needs_merge
+
     progress, outcome = trained.progress, trained.outcome
     if as_json:
         print_json(
@@ -166,7 +238,8 @@ def _print_end(run: Run, trained: Trained, *, as_json: bool) -> None:
         )
         return
     if not outcome.is_done:
-        say(f"stopped by {outcome.reason} at step {outcome.step}; the state is saved")
+        saved = "the state is saved" if outcome.step else "there is nothing to save yet"
+        say(f"stopped by {outcome.reason} after step {outcome.step}; {saved}")
         say(f"go on:  luthier resume {run.folder}")
         return
     why = "" if outcome.reason == "finished" else " (stopped early: the held-out part no longer got better)"
@@ -175,6 +248,8 @@ def _print_end(run: Run, trained: Trained, *, as_json: bool) -> None:
     say(f"  weights  {trained.final}")
     if trained.merged:
         say(f"  merged   {trained.merged}")
+    elif needs_merge(run):
+        say(_while_merging(run))
     say(f"  model    {run.model_id}")
     say(f"  cost     {_span(progress.seconds)} of training, {progress.tokens:,} tokens, {speed:,.0f} tokens/s")
     say(f"next:  luthier evaluate {run.folder} --data FILE")

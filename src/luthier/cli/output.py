@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
 import orjson
 
 from luthier.errors import LuthierError
+
+SILENT_SECONDS = 5.0
+_FIRST_SECONDS = 0.8
+_BEAT_SECONDS = 0.2
 
 
 class Command(click.Command):
@@ -42,9 +48,11 @@ def print_json(value: object) -> None:
     sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode() + "\n")
 
 
-def say(text: str = "", end: str = "\n") -> None:
-    """A line of the result, on stdout."""
+def say(text: str = "", end: str = "\n", *, at_once: bool = False) -> None:
+    """A line of the result, on stdout; `at_once` also where stdout is a file that would be written later."""
     sys.stdout.write(text + end)
+    if at_once:
+        sys.stdout.flush()
 
 
 def warn(text: str) -> None:
@@ -89,32 +97,102 @@ def print_table(rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...] = (),
         say(indent + "  ".join(cells).rstrip())
 
 
+def tell(text: str) -> None:
+    """A line beside the result that is no warning, on stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def tell_in_handler(text: str) -> None:
+    """A line on stderr from inside a signal's handler, where no stream may be waited for."""
+    start = "\r\x1b[K" if os.isatty(2) else ""
+    with suppress(OSError):
+        os.write(2, f"{start}{text}\n".encode())
+
+
 class LiveLine:
     """A line on stderr that is written over; elsewhere than on a terminal, one of its texts every few seconds."""
 
-    def __init__(self, *, plain_seconds: float) -> None:
+    def __init__(self, *, plain_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._is_terminal = sys.stderr.isatty()
         self._plain_seconds = plain_seconds
-        self._shown = 0.0
+        self._clock = clock
+        self._lock = threading.Lock()
         self._is_drawn = False
+        self.shown: float = -plain_seconds
+        """When something was shown last."""
 
     def show(self, text: str, *, keep: bool) -> None:
         """Show the text in place of the one before; `keep` leaves it standing."""
-        now = time.monotonic()
-        if self._is_terminal:
-            sys.stderr.write(f"\r\x1b[K{text}" + ("\n" if keep else ""))
-            self._is_drawn = not keep
-        elif keep or now - self._shown >= self._plain_seconds:
-            sys.stderr.write(text + "\n")
-            self._shown = now
-        sys.stderr.flush()
+        with self._lock:
+            now = self._clock()
+            if self._is_terminal:
+                fitting = text if keep else text[: shutil.get_terminal_size().columns - 1]
+                sys.stderr.write(f"\r\x1b[K{fitting}" + ("\n" if keep else ""))
+                self._is_drawn = not keep
+            elif keep or now - self.shown >= self._plain_seconds:
+                sys.stderr.write(text + "\n")
+            else:
+                return
+            self.shown = now
+            sys.stderr.flush()
 
     def clear(self) -> None:
         """Take away what is drawn."""
-        if self._is_drawn:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-            self._is_drawn = False
+        with self._lock:
+            if self._is_drawn:
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
+                self._is_drawn = False
+
+
+class Heartbeat:
+    """Says what goes on, and for how long already, whenever nothing was said for some seconds."""
+
+    def __init__(self, line: LiveLine, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._line, self._clock = line, clock
+        self._text, self._since, self._first_seconds = "", clock(), SILENT_SECONDS
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def doing(self, text: str, *, first_seconds: float = SILENT_SECONDS) -> None:
+        """This goes on from now on; it is said after `first_seconds`, and then again every few seconds."""
+        self._text, self._since, self._first_seconds = text, self._clock(), first_seconds
+
+    def beat(self) -> None:
+        """Say it, if it is time to."""
+        now, since, text = self._clock(), self._since, self._text
+        is_first = self._line.shown < since
+        silent = now - max(self._line.shown, since)
+        if text and silent >= (self._first_seconds if is_first else SILENT_SECONDS):
+            is_new = now - since < SILENT_SECONDS
+            self._line.show(text if is_new else f"{text}: {now - since:.0f} s so far", keep=False)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread:
+            self._thread.join()
+        self._line.clear()
+
+    def _run(self) -> None:
+        while not self._over.wait(_BEAT_SECONDS):
+            self.beat()
+
+
+@contextmanager
+def heartbeat(text: str, *, quiet: bool = False) -> Iterator[None]:
+    """While this takes long, say so within a second, and again every few seconds."""
+    if quiet:
+        yield
+        return
+    with Heartbeat(LiveLine(plain_seconds=SILENT_SECONDS)) as heart:
+        heart.doing(text, first_seconds=_FIRST_SECONDS)
+        yield
 
 
 @contextmanager

@@ -34,6 +34,8 @@ def _print_places(summary: dict[str, Any]) -> None:
     print_table(rows, right=(1,))
     total = " + ".join(f"{summary[name]:,}" for name in ("train", "valid", "dropped"))
     say(f"  {paint('ledger', '32')}  {total} = {summary['rows']:,}: every row is in one place")
+    if summary["reasons"].get("too_long") and "text" in summary["formats"]:
+        say('  hint: data.too_long = "split" cuts long plain texts into pieces instead')
 
 
 def _print_tokens(summary: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ EOS = "eos_added"
 MARKS = "markers_differ"
 TRUNCATED = "truncated"
 END_CUT = "end_cut"
+SPLIT = "split"
 LEAK = "prompt_in_train"
 
 NOTES = {
@@ -17,5 +18,6 @@ NOTES = {
     MARKS: "the template's generation markers differ from the turns as rendered",
     TRUNCATED: "the end was cut at data.max_length",
     END_CUT: "no turn keeps its end-of-turn token behind the cut",
+    SPLIT: "the text is longer than data.max_length and was cut into pieces, each an example",
     LEAK: "the held-out row's prompt is trained too",
 }

@@ -207,7 +207,7 @@ class _Builder:
         shown = ", ".join(f"{self._where(int(row))} ({longest[row]:,} tokens)" for row in rows[:_SHOWN_ROWS])
         return DataError(
             f"{len(rows):,} rows are longer than data.max_length = {limit:,}: {shown}",
-            hint='raise data.max_length, or set data.too_long to "drop" or "truncate"',
+            hint='raise data.max_length, or set data.too_long to "drop", "truncate" or (plain text only) "split"',
         )
 
     def _where(self, row: int) -> str:

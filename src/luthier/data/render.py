@@ -27,6 +27,18 @@ class Sequence:
     notes: set[str] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The last assistant turn of a conversation as a question: what the model is shown, and what the row answers.
+
+    `end` is the token that ends the turn; the answer stands without it.
+    """
+
+    prompt: str
+    answer: str
+    end: str
+
+
 class Renderer:
     """Turns Examples into sequences: a conversation into one (or one a turn, unrolled), a pair into two."""
 
@@ -49,6 +61,7 @@ class Renderer:
         self._unroll = unroll
         self._control = re.compile("|".join(re.escape(token) for token in control_tokens) or r"(?!)")
         self._control_starts = tuple({token[0] for token in control_tokens})
+        self._control_tokens = [token for token in control_tokens if token]
         if template is not None:
             if spans == "markers" and not template.has_marks:
                 raise TemplateError(
@@ -64,15 +77,34 @@ class Renderer:
             self._refuse_control_tokens([example.text])
             text = f"{self._bos}{example.text}{self._eos}"
             return [[Sequence(text, [(len(self._bos), len(text))])]]
+        self._required_template()
+        self._refuse_control_tokens(_all_texts(example))
+        if isinstance(example, Preference):
+            return [self._render_pair(example)]
+        return [[sequence] for sequence in self._render_conversation(example)]
+
+    def render_question(self, example: Conversation) -> Question:
+        """The conversation up to its last assistant turn with the generation prompt; raises RowError or MaskError."""
+        template = self._required_template()
+        self._refuse_control_tokens(_all_texts(example))
+        done = self._find(example.messages, example.tools)
+        prompt = template.render(example.messages[:-1], example.tools, add_generation_prompt=True)
+        return Question(prompt, *self.split_end(done.text[slice(*done.turns[len(example.messages) - 1])]))
+
+    def split_end(self, turn: str) -> tuple[str, str]:
+        """An answer without the control tokens and white space behind it, and the first of those tokens."""
+        answer, end = turn.rstrip(), ""
+        while found := next((token for token in self._control_tokens if answer.endswith(token)), ""):
+            answer, end = answer[: -len(found)].rstrip(), found
+        return answer, end
+
+    def _required_template(self) -> ChatTemplate:
         if self._template is None:
             raise TemplateError(
                 "the model has no chat template, which conversations need",
                 hint="give one with --set model.chat_template=FILE, or train on plain `text` rows",
             )
-        self._refuse_control_tokens(_all_texts(example))
-        if isinstance(example, Preference):
-            return [self._render_pair(example)]
-        return [[sequence] for sequence in self._render_conversation(example)]
+        return self._template
 
     def _refuse_control_tokens(self, texts: list[str]) -> None:
         for text in texts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import difflib
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ import numpy.typing as npt
 import orjson
 
 from luthier.data.check import check_example, check_json
-from luthier.data.example import Example
+from luthier.data.example import Conversation, Example, Preference, Text
 from luthier.data.formats import find_format, get_format
 from luthier.data.hashes import content_hash, hash_bytes, prompt_hash
-from luthier.data.notes import END_CUT, NOTES, TRUNCATED
+from luthier.data.notes import END_CUT, NOTES, SPLIT, TRUNCATED
 from luthier.data.parse import check_parsed, parse_line
 from luthier.data.reasons import REASON_CODES, RowError
-from luthier.data.render import Renderer, Sequence
+from luthier.data.render import Question, Renderer, Sequence
 from luthier.data.source import Block, Row
 from luthier.data.tokens import Encoded, Encoder, Ids, ModelText
 from luthier.errors import MaskError
@@ -135,6 +136,21 @@ class RowReader:
         assert self._renderer is not None
         return self._renderer.render(self._checked(row)[1])
 
+    def question(self, row: Row) -> Question:
+        """The row's last assistant turn as a question, of a pair the preferred one; raises RowError or MaskError."""
+        assert self._renderer is not None
+        example = self._checked(row)[1]
+        if isinstance(example, Text):
+            raise RowError("wrong_kind", "a plain text asks nothing that could be answered")
+        if isinstance(example, Preference):
+            example = Conversation([*example.prompt, *example.chosen], example.tools)
+        return self._renderer.render_question(example)
+
+    def answer(self, text: str) -> str:
+        """What a model said, without control tokens behind it."""
+        assert self._renderer is not None
+        return self._renderer.split_end(text)[0]
+
     def encode(self, sequences: list[Sequence]) -> tuple[Encoded, list[npt.NDArray[np.uint32]]]:
         """Ids and trained ranges of sequences, for showing."""
         assert self._encoder is not None
@@ -213,6 +229,8 @@ class RowReader:
             ids, lengths, ranges = self._truncate(draft, encoded, ranges, sequences_of_example)
         if (sequences_of_example == 2).any():
             self._refuse_equal_pairs(block, draft, ids, lengths)
+        if self.data.too_long == "split":
+            lengths, ranges, sequences_of_example = self._split(draft, lengths, ranges, sequences_of_example)
         hashes = np.array(draft.hashes, np.uint64).reshape(-1, 3)
         return RowBatch(
             file=block.file,
@@ -273,6 +291,44 @@ class RowReader:
             if draft.kinds[row] != KINDS.index("text") and not ends_kept[rows_of_sequence == row].any():
                 draft.notes[row] |= NOTE_BITS[END_CUT]
         return encoded.ids[position < limit], np.minimum(full, limit).astype(np.uint32), cut
+
+    def _split(
+        self,
+        draft: _Draft,
+        lengths: npt.NDArray[np.uint32],
+        ranges: list[npt.NDArray[np.uint32]],
+        per_example: npt.NDArray[np.uint8],
+    ) -> tuple[npt.NDArray[np.uint32], list[npt.NDArray[np.uint32]], npt.NDArray[np.uint8]]:
+        """Cut each plain text beyond max_length into equal pieces, each an example of the same row."""
+        counts = per_example.tolist()
+        rows = np.repeat(np.arange(len(draft.examples_of_row)), draft.examples_of_row).tolist()
+        cut_lengths: list[int] = []
+        cut_ranges: list[npt.NDArray[np.uint32]] = []
+        cut_counts: list[int] = []
+        first = 0
+        for row, count in zip(rows, counts, strict=True):
+            length = int(lengths[first])
+            pieces = -(-length // self.data.max_length) if draft.kinds[row] == KINDS.index("text") else 1
+            if pieces == 1:
+                cut_lengths += lengths[first : first + count].tolist()
+                cut_ranges += ranges[first : first + count]
+                cut_counts.append(count)
+            else:
+                # Of one size, because a last piece of a few tokens would be trained without anything before it.
+                edges = [length * number // pieces for number in range(pieces + 1)]
+                cut_lengths += np.diff(edges).tolist()
+                cut_ranges += [_within(ranges[first], *edge) for edge in pairwise(edges)]
+                cut_counts += [count] * pieces
+                draft.examples_of_row[row] += pieces - 1
+                draft.notes[row] |= NOTE_BITS[SPLIT]
+            first += count
+        return np.array(cut_lengths, np.uint32), cut_ranges, np.array(cut_counts, np.uint8)
+
+
+def _within(ranges: npt.NDArray[np.uint32], start: int, stop: int) -> npt.NDArray[np.uint32]:
+    """The part of trained ranges inside a stretch, counted from its start."""
+    cut = ranges.clip(start, stop) - np.uint32(start)
+    return cut[cut[:, 0] < cut[:, 1]]
 
 
 def _build_renderer(text: ModelText, options: ReadOptions) -> Renderer:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from luthier.data.notes import NOTES, TRUNCATED
+from luthier.data.example import Text
+from luthier.data.notes import NOTES, SPLIT, TRUNCATED
 from luthier.data.reasons import RowError
 from luthier.data.render import Sequence
 from luthier.data.rows import RowReader
@@ -64,18 +66,28 @@ def show_row(reader: RowReader, text: ModelText, line: int, row: Row) -> list[Sh
         control = [piece in text.control_tokens for piece in pieces]
         notes = sorted(sequence.notes)
         shown.append(ShownText(line, name, sequence.text, ids, pieces, trained, control, notes))
-    return [_fitted(each, reader.data) for each in shown]
+    is_text = isinstance(reader.example(row), Text)
+    return [fitted for each in shown for fitted in _fitted(each, reader.data, is_text=is_text)]
 
 
-def _fitted(shown: ShownText, data: Data) -> ShownText:
-    """Cut, or refused, as preparation would."""
+def _fitted(shown: ShownText, data: Data, *, is_text: bool) -> list[ShownText]:
+    """Cut, parted or refused, as preparation would."""
     length, limit = len(shown.tokens), data.max_length
     if length <= limit:
-        return shown
+        return [shown]
+    if data.too_long == "split" and is_text:
+        pieces = -(-length // limit)
+        edges = pairwise(length * number // pieces for number in range(pieces + 1))
+        return [_stretch(shown, slice(*edge), SPLIT) for edge in edges]
     if data.too_long != "truncate" or not any(shown.trained[:limit]):
         raise RowError("too_long", f"{length:,} tokens; data.max_length is {limit:,}")
-    cut = {name: getattr(shown, name)[:limit] for name in ("tokens", "pieces", "trained", "control")}
-    return replace(shown, **cut, text="".join(cut["pieces"]), notes=[*shown.notes, TRUNCATED])
+    return [_stretch(shown, slice(limit), TRUNCATED)]
+
+
+def _stretch(shown: ShownText, part: slice, note: str) -> ShownText:
+    """Some of the tokens."""
+    cut = {name: getattr(shown, name)[part] for name in ("tokens", "pieces", "trained", "control")}
+    return replace(shown, **cut, text="".join(cut["pieces"]), notes=[*shown.notes, note])
 
 
 def _names(part: list[Sequence]) -> list[str]:

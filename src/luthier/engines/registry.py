@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from luthier.errors import UnsupportedError
+from luthier.extras import import_extra
+
+if TYPE_CHECKING:
+    from luthier.engines.verbs import Sampler
+    from luthier.runs.resolve import ResolvedModel
 
 ENGINES = {"torch": "luthier.engines.torch.engine"}
+SAMPLERS = {"torch": "luthier.engines.torch.sampling"}
+_IMPORTS = "imports of the engines"
 
 
 def find_engine(kind: str) -> Any:
@@ -17,4 +26,35 @@ def find_engine(kind: str) -> Any:
             f"engine `{kind}` is not in this version; there is: {', '.join(ENGINES)}",
             hint='leave engine.kind out, or set it to "torch"',
         )
+    wait_for_imports()
     return importlib.import_module(ENGINES[kind]).build
+
+
+def import_in_background() -> None:
+    """Import what engines need beside other work; what goes wrong is said when it is used."""
+
+    def work() -> None:
+        for module in ("torch", "transformers.modeling_utils"):
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                return
+
+    threading.Thread(target=work, name=_IMPORTS, daemon=True).start()
+
+
+def wait_for_imports() -> None:
+    """Before anything else imports transformers: it puts another module in its own place at the end of its import, and
+    who imports it at that moment in another thread is left with the empty one.
+    """
+    for thread in threading.enumerate():
+        if thread.name == _IMPORTS:
+            thread.join()
+
+
+def load_sampler(resolved: ResolvedModel, home: Path, kind: str = "torch") -> Sampler:
+    """A model loaded to answer with, where the engine's packages are installed."""
+    wait_for_imports()
+    import_extra(kind, kind)
+    sampler: Sampler = importlib.import_module(SAMPLERS[kind]).build_sampler(resolved, home)
+    return sampler

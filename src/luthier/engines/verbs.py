@@ -7,7 +7,7 @@ proofs are written once for engines on this machine and on others.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -18,6 +18,8 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Result = TypeVar("Result", covariant=True)
+Tick = Callable[[int, int], None]
+"""Called with how many of how many are done."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,20 @@ class Batch:
         for (start, stop), (first, last) in zip(self.segments.tolist(), self.prefixes.tolist(), strict=True):
             found[start:stop] += (last - first) - start
         return found
+
+    def rounded(self, multiple: int) -> Batch:
+        """The same work with a last segment of nothing, so that lengths come in few sizes and kernels are reused."""
+        more = -len(self.tokens) % multiple
+        if not more:
+            return self
+        end = len(self.tokens)
+        return replace(
+            self,
+            tokens=np.concatenate([self.tokens, np.zeros(more, np.int64)]),
+            segments=np.concatenate([self.segments, [[end, end + more]]]),
+            prefixes=np.concatenate([self.prefixes, [[0, 0]]]),
+            keys=np.concatenate([self.keys, [0]]),
+        )
 
     def alone(self) -> list[Batch]:
         """The same work with one segment in each batch, for models in which packed segments would leak."""
@@ -226,6 +242,20 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of the device and of the other processes."""
+        ...
+
+
+class Sampler(Protocol):
+    """A model loaded to be measured: it answers, and says how likely texts are."""
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], params: SampleParams, tick: Tick | None = None
+    ) -> list[list[int]]:
+        """Tokens that follow each prompt; `tick` hears how many of how many are answered."""
+        ...
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """The log-probability of each sequence behind its first token."""
         ...
 
 

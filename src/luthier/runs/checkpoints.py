@@ -2,6 +2,8 @@
 
 `checkpoint_step_N` holds the weights and is sealed first; `training_state/step_N` holds what resuming needs besides,
 is sealed second, and its manifest names the hash of the weights' manifest: both, or neither, are a checkpoint.
+The fact `needs` lists steps whose weights a checkpoint cannot do without, such as the best so far: they are kept as
+long as it is, and where they are broken it is of no use either.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ from typing import Any
 
 from luthier.errors import CheckpointError
 from luthier.runs.layout import TRAINING_STATE, checkpoint_name, state_name
-from luthier.runs.manifest import Manifest, drop_drafts, pass_crash_point, read_manifest, seal
+from luthier.runs.manifest import Manifest, drop_drafts, pass_crash_point, read_manifest, reserve_check, seal
 
 Writer = Callable[[Path], None]
 """Fills the folder it is given; called in the saving thread, so it must own what it writes."""
 
 CRASH_POINTS = ("before_state", "after_state", "in_prune", "after_prune")
+NEEDS = "needs"
 _WEIGHTS_HASH = "weights_manifest"
+_HINT = "`luthier resume` goes on from the newest checkpoint that is whole"
 _STEP_OF_WEIGHTS = re.compile(r"checkpoint_step_(\d+)")
 _STEP_OF_STATE = re.compile(r"step_(\d+)")
 
@@ -73,8 +77,8 @@ class CheckpointStore:
         self._folder = run_folder
         self._keep_weights = keep_weights
         self._keep_states = keep_states
-        self._protected: int | None = None
-        self._verified: set[int] = set()
+        self._needs_of_verified: dict[int, tuple[int, ...]] = {}
+        self._size_bytes = 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saved: SavedCheckpoint | None = None
@@ -86,10 +90,6 @@ class CheckpointStore:
     def state_path(self, step: int) -> Path:
         """Where the training state of a step lies."""
         return self._folder / TRAINING_STATE / state_name(step)
-
-    def protect(self, step: int | None) -> None:
-        """Keep the weights of this step, and of no other, whatever their age: the best so far."""
-        self._protected = step
 
     def save(self, step: int, write_weights: Writer, write_state: Writer, facts: Mapping[str, Any]) -> SavedCheckpoint:
         """Save both folders durably, read them back, and only then prune older ones."""
@@ -123,10 +123,15 @@ class CheckpointStore:
         self._thread = threading.Thread(target=work, name=f"save step {step}", daemon=True)
         self._thread.start()
 
-    def wait(self) -> SavedCheckpoint | None:
-        """Wait for the save in the background, raise what it failed with, and tell what was saved last."""
+    def wait(self, seconds: float | None = None) -> SavedCheckpoint | None:
+        """Wait for the save in the background, raise what it failed with, and tell what was saved last.
+
+        With `seconds`, not longer than so many: then it may be under way still.
+        """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return self._saved
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
@@ -154,24 +159,38 @@ class CheckpointStore:
         return None, broken
 
     def check(self, step: int) -> ResumePoint:
-        """The checkpoint of a step, every byte of it checked; raises CheckpointError that names what is wrong."""
-        weights, state = self._check(step)
+        """The checkpoint of a step, every byte checked of it and of what it needs; raises CheckpointError."""
+        point = self._check_own(step)
+        for other in _needs(point.facts):
+            try:
+                read_manifest(self.weights_path(other))
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{checkpoint_name(step)} cannot do without another one: {error.message}",
+                    hint=_HINT,
+                    where=error.where,
+                ) from None
+        return point
+
+    def _check_own(self, step: int) -> ResumePoint:
+        weights, state = self._read(step)
         facts = {key: value for key, value in state.facts.items() if key != _WEIGHTS_HASH}
         if state.facts.get(_WEIGHTS_HASH) != weights.digest:
             raise CheckpointError(
                 f"{checkpoint_name(step)}: its weights and its training state are not of one save",
-                hint="`luthier resume` goes on from the newest checkpoint that is whole",
+                hint=_HINT,
                 where=str(self.weights_path(step)),
             )
+        self._size_bytes = weights.size_bytes + state.size_bytes
         return ResumePoint(step, self.weights_path(step), self.state_path(step), facts)
 
-    def _check(self, step: int) -> tuple[Manifest, Manifest]:
+    def _read(self, step: int) -> tuple[Manifest, Manifest]:
         weights = read_manifest(self.weights_path(step))
         state = self.state_path(step)
         if not state.is_dir():
             raise CheckpointError(
                 f"{TRAINING_STATE}/{state_name(step)} is missing",
-                hint="`luthier resume` goes on from the newest checkpoint that is whole",
+                hint=_HINT,
                 where=str(state),
             )
         return weights, read_manifest(state)
@@ -180,19 +199,18 @@ class CheckpointStore:
         started = time.monotonic()
         step = saving.step
         weights, state = self.weights_path(step), self.state_path(step)
-        self._verified.discard(step)
+        self._needs_of_verified.pop(step, None)
         self._drop_drafts()
+        reserve_check(self._folder, self._size_bytes)
         facts = {**saving.facts, "step": step}
         of_weights = seal(weights, saving.write_weights, {"step": step})
         pass_crash_point("before_state")
-        of_state = seal(state, saving.write_state, {**facts, _WEIGHTS_HASH: of_weights.digest})
+        seal(state, saving.write_state, {**facts, _WEIGHTS_HASH: of_weights.digest})
         pass_crash_point("after_state")
-        self.check(step)
-        self._verified.add(step)
+        self._needs_of_verified[step] = _needs(self._check_own(step).facts)
         self._prune()
         pass_crash_point("after_prune")
-        size_bytes = of_weights.size_bytes + of_state.size_bytes
-        return SavedCheckpoint(step, weights, state, time.monotonic() - started, size_bytes)
+        return SavedCheckpoint(step, weights, state, time.monotonic() - started, self._size_bytes)
 
     def _drop_drafts(self) -> None:
         drop_drafts(self._folder, checkpoint_name("*"))
@@ -210,7 +228,8 @@ class CheckpointStore:
         if self._keep_weights is None:
             return
         steps = sorted(_steps(self._folder, _STEP_OF_WEIGHTS), reverse=True)
-        needed = {*steps[: self._keep_weights], *kept_states, self._protected}
+        needed = {*steps[: self._keep_weights], *kept_states}
+        needed.update(*(self._needs_of_verified[step] for step in kept_states))
         for step in steps:
             if step not in needed:
                 self._remove(self.weights_path(step))
@@ -221,14 +240,13 @@ class CheckpointStore:
         for step in self.list_steps():
             if len(found) == self._keep_states:
                 break
-            if step in self._verified or self._is_valid(step):
-                self._verified.add(step)
+            if step in self._needs_of_verified or self._verify(step):
                 found.append(step)
         return found
 
-    def _is_valid(self, step: int) -> bool:
+    def _verify(self, step: int) -> bool:
         try:
-            self.check(step)
+            self._needs_of_verified[step] = _needs(self.check(step).facts)
         except CheckpointError:
             return False
         return True
@@ -244,3 +262,7 @@ class CheckpointStore:
 def _steps(folder: Path, pattern: re.Pattern[str]) -> set[int]:
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return {int(match[1]) for name in names if (match := pattern.fullmatch(name))}
+
+
+def _needs(facts: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(int(step) for step in facts.get(NEEDS, ()))

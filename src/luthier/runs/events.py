@@ -270,9 +270,10 @@ class EventLog:
             time = self._clock().isoformat(timespec="milliseconds").replace("+00:00", "Z")
             line = {"seq": self._next_seq, "time": time, "kind": event.kind, **redact(said, self._secrets)}
             written = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+            seq, self._next_seq = self._next_seq, None  # known again only once this line is whole
             with self.path.open("ab") as file:
                 file.write(written)
-            self._next_seq += 1
+            self._next_seq = seq + 1
         return line
 
     def _mend(self) -> int:

@@ -33,12 +33,8 @@ _PACKAGES = ("torch", "transformers", "bitsandbytes", "numpy", "safetensors", "t
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _RACY_SECONDS = 2.0
-_CHANGES = {
-    "data": "the data",
-    "base": "the base model",
-    "plan": "the plan",
-    "processes": "the number of processes",
-}
+_PROCESSES = "compute.processes"
+_MOST_NAMED = 4
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -125,7 +121,13 @@ def build_lineage(
             "cache": prepared.folder.name,
             "rows": {name: prepared.summary[name] for name in ("rows", "train", "valid", "dropped")},
         },
-        "plan": {"hash": plan.hash(), "method": spec.method.kind, "objective": spec.objective.kind, "seed": spec.seed},
+        "plan": {
+            "hash": plan.hash(),
+            "method": spec.method.kind,
+            "objective": spec.objective.kind,
+            "seed": spec.seed,
+            "settings": plan.settings(),
+        },
         "processes": spec.compute.processes,
         "versions": list_versions(),
         "parent": resolved.parent,
@@ -161,32 +163,85 @@ def list_parents(parent_folder: Path | None) -> list[str]:
 
 
 def list_changes(folder: Path, plan: RunPlan, prepared: Prepared, resolved: ResolvedModel) -> list[str]:
-    """What is no longer as it was when the run in this folder started: data, base, plan, processes; each with how."""
+    """What is no longer as it was when the run in this folder started: data, base, plan, processes; each with how.
+
+    Of a plan the keys are named, of a base the files.
+    """
     lineage = read_lineage(folder)
     if not lineage:
         return ["the lineage of the run, which cannot be read"]
-    base = base_facts(resolved)
-    before = {
-        "data": lineage["data"]["hash"],
-        "base": base["hash"] if is_same_base(lineage["base"], base) else lineage["base"]["hash"],
-        "plan": lineage["plan"]["hash"],
-        "processes": lineage["processes"],
+    found = {
+        "the data": _data_changes(lineage["data"], prepared),
+        "the base model": _base_changes(lineage["base"], base_facts(resolved)),
+        "the plan": _plan_changes(lineage["plan"], plan),
+        "the number of processes": _told(lineage["processes"], plan.spec.compute.processes),
     }
-    now = {
-        "data": data_hash(prepared),
-        "base": base["hash"],
-        "plan": plan.hash(),
-        "processes": plan.spec.compute.processes,
-    }
-    return [
-        f"{said} (it was {_short(before[key])} and is {_short(now[key])})"
-        for key, said in _CHANGES.items()
-        if before[key] != now[key]
-    ]
+    return [f"{said} ({how})" for said, how in found.items() if how]
 
 
-def _short(value: object) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
+def accept_changes(
+    run: Run, changes: list[str], plan: RunPlan, prepared: Prepared, resolved: ResolvedModel
+) -> dict[str, Any]:
+    """What the run stands on from here, and what of it was changed on the way, because a person insisted."""
+    lineage = read_lineage(run.folder)
+    now = datetime.now().astimezone()
+    fresh = build_lineage(run.id, plan, prepared, resolved, created=now, parents=lineage.get("parents", []))
+    told = {"time": fresh["created"], "changed": changes}
+    kept = {key: fresh[key] for key in ("base", "data", "plan", "processes")}
+    return write_lineage(run, {**kept, "changes": [*lineage.get("changes", []), told]})
+
+
+def list_version_changes(lineage: Mapping[str, Any]) -> list[str]:
+    """Packages that decide numbers and are of another version than when the run started."""
+    before, now = lineage.get("versions", {}), list_versions()
+    names = [name for name in before if name != "platform" and before[name] != now.get(name)]
+    return [f"{name} was {before[name]} and is {now.get(name)}" for name in names]
+
+
+def _told(before: object, now: object) -> str:
+    return "" if before == now else f"it was {before} and is {now}"
+
+
+def _data_changes(before: Mapping[str, Any], prepared: Prepared) -> str:
+    digest = data_hash(prepared)
+    if before["hash"] == digest:
+        return ""
+    counts = [(name, count, prepared.summary[name]) for name, count in before["rows"].items()]
+    apart = [f"{name} {was:,} and now {now:,}" for name, was, now in counts if was != now]
+    return "; ".join(apart) or f"as many rows with another content: {before['hash'][:12]} and now {digest[:12]}"
+
+
+def _base_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if is_same_base(before, now):
+        return ""
+    files = sorted(before["files"].keys() | now["files"].keys())
+    apart = [name for name in files if before["files"].get(name) != now["files"].get(name)]
+    if [each["hash"] for each in before["adapters"]] != [each["hash"] for each in now["adapters"]]:
+        apart.append("the adapter of the run it starts from")
+    return f"not the same: {_listed(apart)}"
+
+
+def _plan_changes(before: Mapping[str, Any], plan: RunPlan) -> str:
+    """The keys that changed; the number of processes is told of by itself."""
+    digest = plan.hash()
+    if before["hash"] == digest:
+        return ""
+    was, now = before.get("settings", {}), plan.settings()
+    keys = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+    if keys == [_PROCESSES]:
+        return ""
+    apart = [f"{key} was {_shown(was.get(key))} and is {_shown(now.get(key))}" for key in keys if key != _PROCESSES]
+    return _listed(apart) or _told(before["hash"][:12], digest[:12])
+
+
+def _shown(value: object) -> str:
+    text = orjson.dumps(value).decode()
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _hash_of(hashes: Mapping[str, str]) -> str:

@@ -16,6 +16,7 @@ from luthier.errors import ModelError
 from luthier.extras import import_extra
 from luthier.runs.layout import CONFIG, FINAL_LORA_WEIGHTS, PRACTICE
 from luthier.runs.models import find_model, last_part, list_models
+from luthier.spec.method import QloraMethod
 
 if TYPE_CHECKING:
     from luthier.runs.run import Run
@@ -31,10 +32,11 @@ _MOST_RUNS = 16
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """An adapter on disk; `quantised` says that it was trained over a base held in NF4."""
+    """An adapter on disk; `quantised` says that it was trained over a base held in NF4, and how."""
 
     path: Path
     quantised: bool = False
+    double_quant: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,29 @@ def find_resolved(base: str, revision: str | None = None, *, with_weights: bool 
     `with_weights` fetches the weights of a hub id too, and checks every byte of a run's result.
     """
     return _resolve(base, _Wanted(with_weights, revision))
+
+
+def find_run(resolved: ResolvedModel) -> Run | None:
+    """The run whose result the model is, or whose adapter is the last one applied."""
+    from luthier.runs.run import Run
+
+    result = resolved.adapters[-1].path if resolved.adapters else resolved.folder
+    parent = result.resolve().parent
+    return Run(parent) if resolved.parent == parent.name and (parent / CONFIG).is_file() else None
+
+
+def resolve_start(resolved: ResolvedModel) -> ResolvedModel:
+    """What the model started from: the base of its run, or the base that its adapter names; weights included."""
+    if run := find_run(resolved):
+        revision = run.lineage.get("base", {}).get("revision") or run.spec.model.revision
+        return find_resolved(run.spec.model.base, revision, with_weights=True)
+    if not resolved.adapters:
+        raise ModelError(
+            f"{resolved.name} is a base model: nothing is known that it started from",
+            hint="name the other model: --against MODEL",
+        )
+    facts = _read_object(resolved.adapters[-1].path / ADAPTER_CONFIG)
+    return find_resolved(str(facts["base_model_name_or_path"]), facts.get("revision"), with_weights=True)
 
 
 def _resolve(base: str, wanted: _Wanted) -> ResolvedModel:
@@ -147,7 +172,9 @@ def _over_base_of_run(run: Run, adapter: Path, wanted: _Wanted) -> ResolvedModel
     below = _resolve(run.spec.model.base, inner)
     if wanted.with_weights:
         _check_same_base(run, below)
-    ref = AdapterRef(adapter, quantised=run.spec.method.kind == "qlora")
+    method = run.spec.method
+    of_nf4 = {"quantised": True, "double_quant": method.double_quant} if isinstance(method, QloraMethod) else {}
+    ref = AdapterRef(adapter, **of_nf4)
     return replace(below, adapters=(*below.adapters, ref), name=run.model_id, parent=run.id)
 
 

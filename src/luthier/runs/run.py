@@ -85,6 +85,12 @@ class Run:
         """What `lineage.json` says."""
         return read_lineage(self.folder)
 
+    def held_out_rows(self) -> set[tuple[str, int]]:
+        """File and line of each row that the ledger holds out."""
+        with (self.folder / layout.LEDGER).open("rb") as lines:
+            entries = (orjson.loads(line) for line in lines)
+            return {(entry["file"], entry["line"]) for entry in entries if entry["place"] == "valid"}
+
     @property
     def final_weights(self) -> Path | None:
         """The folder of the final adapter or model, once it is sealed."""

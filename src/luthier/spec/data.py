@@ -9,7 +9,7 @@ from pydantic import Field
 from luthier.spec.part import Part
 
 FormatName = Literal["auto", "chat", "alpaca", "sharegpt", "completion", "text", "preference"]
-TooLong = Literal["drop", "truncate", "error"]
+TooLong = Literal["drop", "truncate", "split", "error"]
 TrainOn = Literal["assistant", "last_assistant", "completion", "all"]
 SpanSource = Literal["auto", "markers"]
 
@@ -32,7 +32,7 @@ class Data(Part):
     max_length: int = Field(2048, ge=8)
     """Longest rendered example in tokens, prompt and answer together."""
     too_long: TooLong = "drop"
-    """What happens to a longer example: `drop` it with a note, `truncate` its end, or stop with an `error`."""
+    """A longer example: `drop` it, `truncate` its end, `split` it (plain text only), or stop with an `error`."""
     train_on: TrainOn = "assistant"
     """Trained: each `assistant` turn, the `last_assistant`, the `completion` of the last user turn, or `all` tokens."""
     spans: SpanSource = "auto"

@@ -84,8 +84,19 @@ class RunPlan:
 
     def hash(self) -> str:
         """SHA-256 of everything in the spec that decides the result."""
-        tables = {name: table for name, table in dump_spec(self.spec).items() if name not in _UNHASHED}
-        return hashlib.sha256(orjson.dumps(tables, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        return hashlib.sha256(orjson.dumps(self._deciding(), option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+    def settings(self) -> dict[str, object]:
+        """The same by dotted keys."""
+        found: dict[str, object] = {}
+        for name, value in self._deciding().items():
+            found |= (
+                {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+            )
+        return found
+
+    def _deciding(self) -> dict[str, Any]:
+        return {name: table for name, table in dump_spec(self.spec).items() if name not in _UNHASHED}
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as `luthier plan --json` and the events show it."""

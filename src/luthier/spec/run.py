@@ -73,6 +73,8 @@ def find_contradictions(spec: RunSpec) -> list[tuple[str, str]]:
         found.append(("evaluate.every_steps", "nothing is held out to evaluate on; set `data.valid`"))
     if spec.objective.kind == "pretrain" and spec.data.unroll:
         found.append(("data.unroll", 'has no meaning for objective "pretrain", which has no turns'))
+    if spec.objective.kind != "pretrain" and spec.data.too_long == "split":
+        found.append(("data.too_long", '"split" cuts plain text into pieces, which only objective "pretrain" trains'))
     is_pairs = spec.objective.kind in ("dpo", "simpo", "orpo")
     if is_pairs and (spec.data.unroll or spec.data.train_on == "all"):
         key = "unroll" if spec.data.unroll else "train_on"

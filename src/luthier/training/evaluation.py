@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
-from luthier.data.pack import lay_out_step
 from luthier.data.prepared import Prepared
 from luthier.engines.verbs import Engine
 from luthier.spec.objective import Objective
-from luthier.training.batches import Item, build_batch, read_item
-from luthier.training.objectives import References, build_loss, is_paired
-from luthier.training.signals import StopFlag
+from luthier.training.objectives import References, build_loss, is_paired, metric_names
+from luthier.training.passes import Pass, Passed
 
-_WINDOW = 256
 _SUMS = ("value", "units", "nll", "hits", "tokens")
 
 
@@ -35,55 +32,35 @@ class Scores:
         value = float(getattr(self, metric))
         return -value if metric == "token_accuracy" else value
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, in which a number that is not finite has no place."""
+        said = asdict(self)
+        metrics = said.pop("metrics")
+        return {name: _finite(value) for name, value in said.items()} | {
+            "metrics": {name: _finite(value) for name, value in metrics.items()}
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
 
 def evaluate(
-    engine: Engine,
-    prepared: Prepared,
-    objective: Objective,
-    *,
-    references: References | None,
-    budget_tokens: int,
-    share: tuple[int, int],
-    stop: StopFlag,
+    engine: Engine, prepared: Prepared, objective: Objective, references: References | None, way: Pass
 ) -> Scores | None:
     """The scores of the held-out examples; None when asked to stop on the way."""
-    sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
-    for group in _groups(prepared, budget_tokens, share):
-        if stop:
-            break
-        _add(sums, engine, group, objective, references)
-    names = sorted(sums) if not is_paired(objective) else sorted({*sums, *_REWARDS})
-    totals = engine.sum_over_processes(np.array([float(bool(stop)), *(sums.get(name, 0.0) for name in names)]))
+    names = (*_SUMS, *metric_names(objective))
+    sums = dict.fromkeys(names, 0.0)
+    for passed in way.over(engine, prepared, prepared.valid):
+        _add(sums, passed, objective, references)
+    totals = engine.sum_over_processes(np.array([float(bool(way.stop)), *(sums[name] for name in names)]))
     if totals[0]:
         return None
     return _scores(dict(zip(names, totals[1:].tolist(), strict=True)))
 
 
-_REWARDS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
-
-
-def _groups(prepared: Prepared, budget_tokens: int, share: tuple[int, int]) -> Iterable[list[Item]]:
-    """The held-out examples in micro-batches, those of one process."""
-    rank, count = share
-    examples = prepared.valid.tolist()
-    number = 0
-    for start in range(0, len(examples), _WINDOW):
-        items = [read_item(prepared, int(example)) for example in examples[start : start + _WINDOW]]
-        for group in lay_out_step([item.tokens for item in items], budget_tokens):
-            if number % count == rank:
-                yield [items[place] for place in group]
-            number += 1
-
-
-def _add(
-    sums: dict[str, float],
-    engine: Engine,
-    items: Sequence[Item],
-    objective: Objective,
-    references: References | None,
-) -> None:
-    batch = build_batch(items)
-    found = engine.forward(batch).result()
+def _add(sums: dict[str, float], passed: Passed, objective: Objective, references: References | None) -> None:
+    items, batch, found = passed.items, passed.batch, passed.computed
     result = build_loss(objective, items, batch, scale=1.0, references=references).compute(found.logprobs)
     is_imitated = np.ones(len(found.logprobs), bool)
     if is_paired(objective):
@@ -95,7 +72,7 @@ def _add(
     sums["tokens"] += int(is_imitated.sum())
     sums["hits"] += float(found.hits[is_imitated].sum()) if found.hits is not None else math.nan
     for name, value in result.metrics.items():
-        sums[name] = sums.get(name, 0.0) + value
+        sums[name] += value
 
 
 def _scores(sums: dict[str, float]) -> Scores:

@@ -15,14 +15,15 @@ from luthier.runs import events
 from luthier.runs.checkpoints import CheckpointStore
 from luthier.runs.layout import FINAL_LORA_WEIGHTS, FINAL_MODEL, PROBE
 from luthier.runs.lineage import list_versions, write_lineage
-from luthier.runs.manifest import seal
+from luthier.runs.manifest import read_manifest, seal, write_durably
 from luthier.runs.models import register
 from luthier.runs.resolve import ResolvedModel
 from luthier.runs.run import Run, write_training_log
 from luthier.spec.method import AdapterKeys
 from luthier.spec.plan import RunPlan
-from luthier.training.loop import Outcome, Progress, Watch
+from luthier.training.loop import Outcome, Progress
 from luthier.training.memory import remember_correction, remember_speed
+from luthier.training.passes import Watch
 from luthier.training.probe import write_probe
 from luthier.weights.card import CardFacts, write_card
 from luthier.weights.peft import read_adapter
@@ -58,24 +59,30 @@ def find_metrics(progress: Progress) -> dict[str, float]:
         found["train_loss"] = progress.last_loss
     scores = dict(progress.last_scores or {})
     more = scores.pop("metrics", {})
-    return found | {f"valid_{name}": float(value) for name, value in {**scores, **more}.items() if name != "tokens"}
+    measured = {name: value for name, value in {**scores, **more}.items() if name != "tokens" and value is not None}
+    return found | {f"valid_{name}": float(value) for name, value in measured.items()}
 
 
 def close_run(
     run: Run, plan: RunPlan, home: Path, outcome: Outcome, progress: Progress, peak_bytes: int, watch: Watch
 ) -> None:
-    """Log, lineage and index; what the run took is remembered for the plans of others like it."""
+    """Log, lineage and index; what the run took is remembered for the plans of others like it.
+
+    The event that it is finished comes last: until then a resume does all of this again.
+    """
     watch(events.MemoryMeasured(plan.memory.total_bytes, peak_bytes))
-    watch(events.Finished(outcome.step, outcome.reason, progress.seconds))
     write_training_log(run)
     finished = events.utc_now().isoformat(timespec="seconds")
     more: dict[str, Any] = {"metrics": find_metrics(progress), "finished": finished, "steps": outcome.step}
     write_lineage(run, more)
     register(run)
+    if named := plan.spec.output.model_id_file:
+        write_durably(Path(named), f"{run.model_id}\n".encode())
     if plan.memory_key:
         remember_correction(home, plan.memory_key, sum(plan.memory.items.values()), peak_bytes)
     if plan.speed_key and progress.seconds > 0:
         remember_speed(home, plan.speed_key, progress.tokens / progress.seconds)
+    watch(events.Finished(outcome.step, outcome.reason, progress.seconds))
 
 
 def check_learned(folder: Path, base: Path | None) -> None:
@@ -83,12 +90,13 @@ def check_learned(folder: Path, base: Path | None) -> None:
     if base is None:
         tensors = read_adapter(folder)[1]
         broken = [name for name, values in tensors.items() if not np.isfinite(values).all()]
-        has_moved = any(values.any() for name, values in tensors.items() if not name.endswith(".lora_A"))
+        has_moved = any(values.any() for name, values in tensors.items() if name.endswith(".lora_B"))
     else:
         broken, has_moved = _compare(folder, base)
     if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise NothingLearnedError(
-            f"the final weights are not finite: {broken[0]} and {len(broken) - 1} more",
+            f"the final weights are not finite: {broken[0]}{more}",
             hint="lower optim.learning_rate; the last checkpoint is untouched",
         )
     if not has_moved:
@@ -150,5 +158,5 @@ def keep_best(engine: Engine, store: CheckpointStore, plan: RunPlan, progress: P
     """Bring the best weights back where the spec keeps those, and they are not the last."""
     best = progress.best_step
     if plan.spec.evaluate.keep == "best" and best is not None and best != progress.step:
-        store.wait()
+        read_manifest(store.weights_path(best))
         engine.load(store.weights_path(best))

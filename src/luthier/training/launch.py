@@ -10,14 +10,29 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.errors import ProcessDiedError
 
+PEER_DIED = 3
+"""The exit code of a process that ended only because another one was gone; it leaves it to this one to name it."""
 _GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 5.0
-_ASKED_TO_STOP = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+_NOT_FAILED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM, PEER_DIED)
+
+
+@dataclass
+class _Children:
+    """The processes of a run, and which signal they were asked to stop by."""
+
+    processes: list[subprocess.Popen[bytes]]
+    logs: Path
+    asked: int = 0
+
+    def codes(self) -> list[int | None]:
+        return [each.poll() for each in self.processes]
 
 
 def run_processes(arguments: Sequence[str], count: int, logs: Path, *, quiet: bool = False) -> int:
@@ -27,17 +42,21 @@ def run_processes(arguments: Sequence[str], count: int, logs: Path, *, quiet: bo
     """
     environment = {**os.environ, **_shared_environment(count)}
     with ExitStack() as stack:
-        children = []
-        for rank in range(count):
-            said = None if rank == 0 and not quiet else stack.enter_context((logs / f"process_{rank}.log").open("wb"))
-            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            child = subprocess.Popen([sys.executable, *arguments], env=own, stdout=said, stderr=said)  # noqa: S603
-            children.append(child)
+        children = _Children([], logs)
         stack.enter_context(_passing_signals(children))
-        try:
-            return _wait(children)
-        finally:
-            _end(children)
+        stack.callback(_end, children)
+        for rank in range(count):
+            said = None if rank == 0 and not quiet else stack.enter_context(_log_of(logs, rank).open("wb"))
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            child = subprocess.Popen(  # noqa: S603
+                [sys.executable, *arguments], env=own, stdout=said, stderr=said, process_group=0
+            )
+            children.processes.append(child)
+        return _wait(children)
+
+
+def _log_of(logs: Path, rank: int) -> Path:
+    return logs / f"process_{rank}.log"
 
 
 def _shared_environment(count: int) -> dict[str, str]:
@@ -50,29 +69,54 @@ def _shared_environment(count: int) -> dict[str, str]:
     return shared
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(children: _Children) -> int:
     """Wait for the leading process, which speaks for itself; of the others any failure ends the run."""
     while True:
-        codes = [child.poll() for child in children]
+        codes = children.codes()
         killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
+        if killed and codes[killed[0]] == -children.asked:
+            return 128 + children.asked  # asked to stop before it could listen
         if killed:
             raise _died(children, killed[0], codes[killed[0]])
-        if codes[0] is not None:
+        if codes[0] is not None and codes[0] != PEER_DIED:
             return codes[0]
-        failed = [rank for rank, code in enumerate(codes) if code is not None and code not in _ASKED_TO_STOP]
-        if failed:
-            # It may have failed only because the leading one did, which then says why.
-            with suppress(subprocess.TimeoutExpired):
-                return children[0].wait(_LAST_WORDS_SECONDS)
-            raise _died(children, failed[0], codes[failed[0]])
+        failed = [rank for rank, code in enumerate(codes) if code is not None and code not in _NOT_FAILED]
+        if failed or codes[0] == PEER_DIED:
+            return _hear(children, failed)
         time.sleep(_POLL_SECONDS)
 
 
-def _died(children: Sequence[subprocess.Popen[bytes]], rank: int, code: int | None) -> ProcessDiedError:
+def _hear(children: _Children, failed: list[int]) -> int:
+    """One has failed: who failed by itself, and not because another one was gone, is named."""
+    until = time.monotonic() + _LAST_WORDS_SECONDS
+    for child in children.processes:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, until - time.monotonic()))
+    codes = children.codes()
+    if codes[0] is not None and codes[0] not in (PEER_DIED, 0):
+        if codes[0] > 0:
+            return codes[0]
+        raise _died(children, 0, codes[0])
+    gone = [rank for rank, code in enumerate(codes) if code is not None and code not in _NOT_FAILED]
+    rank = (gone or failed or [len(codes) - 1])[0]
+    raise _died(children, rank, codes[rank])
+
+
+def _died(children: _Children, rank: int, code: int | None) -> ProcessDiedError:
+    how = _how(code)
+    if words := _last_words(_log_of(children.logs, rank)):
+        how = f"{how}: {words}"
     return ProcessDiedError(
-        f"process {rank} of {len(children)} {_how(code)}; the others were ended",
+        f"process {rank} of {len(children.processes)} {how}; the others were ended",
         hint="`luthier resume RUN` goes on from the last checkpoint; free memory first if it was killed",
+        details={"process": rank, "exit_code": code},
     )
+
+
+def _last_words(log: Path) -> str:
+    """The error that a process ended with, as its log has it."""
+    lines = log.read_text("utf-8", "replace").splitlines() if log.is_file() else []
+    return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")
 
 
 def _how(code: int | None) -> str:
@@ -81,13 +125,13 @@ def _how(code: int | None) -> str:
     return f"ended with exit code {code}"
 
 
-def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(children: _Children) -> None:
     """Ask those still running to go, and make them after a while."""
-    for child in children:
+    for child in children.processes:
         if child.poll() is None:
             child.terminate()
     until = time.monotonic() + _GRACE_SECONDS
-    for child in children:
+    for child in children.processes:
         try:
             child.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -96,13 +140,12 @@ def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 @contextmanager
-def _passing_signals(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """What this process is told is passed on; a Ctrl-C reaches the children from the terminal itself."""
+def _passing_signals(children: _Children) -> Iterator[None]:
+    """What this process is told is passed on; the children have groups of their own, so no terminal tells them too."""
 
     def pass_on(number: int, _: object) -> None:
-        if number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty():
-            return
-        for child in children:
+        children.asked = number
+        for child in children.processes:
             if child.poll() is None:
                 child.send_signal(number)
 

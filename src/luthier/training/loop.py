@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,20 @@ import numpy as np
 from luthier.data.order import step_examples
 from luthier.data.prepared import Prepared
 from luthier.engines.verbs import Engine, Floats, OutOfMemory, StepParams, StepTaken
-from luthier.errors import DiskFullError, NonFiniteError, OutOfMemoryError
+from luthier.errors import ModelError, NonFiniteError, OutOfMemoryError
 from luthier.runs import events
-from luthier.runs.checkpoints import CheckpointStore, SavedCheckpoint
+from luthier.runs.checkpoints import NEEDS, CheckpointStore, SavedCheckpoint
+from luthier.spec.method import AdapterKeys
 from luthier.spec.plan import RunPlan
 from luthier.training.batches import Item, build_batch, lay_out, read_item, share_out
 from luthier.training.evaluation import Scores, evaluate
-from luthier.training.objectives import References, build_loss, count_units
+from luthier.training.objectives import References, build_loss, count_units, metric_names
+from luthier.training.passes import Pass, Watch
 from luthier.training.schedule import learning_rate
 from luthier.training.signals import StopFlag
 
-Watch = Callable[[events.Event], None]
 _SHOWN_ROWS = 8
+_BLOCKED_SECONDS = 0.04
 
 
 @dataclass
@@ -61,6 +64,20 @@ class Outcome:
 
 
 @dataclass
+class _Saving:
+    """How long a save in the background has kept training waiting."""
+
+    blocked_seconds: float = 0.0
+    waiting_since: float | None = None
+
+    @property
+    def total_seconds(self) -> float:
+        """Up to this moment."""
+        since = self.waiting_since
+        return self.blocked_seconds + (0.0 if since is None else time.monotonic() - since)
+
+
+@dataclass
 class _Sums:
     """What the micro-batches of one step add up to."""
 
@@ -90,17 +107,16 @@ class Loop:
         self._references = references
         self._facts = facts or {}
         self._saved_steps: set[int] = set()
+        self._saving = _Saving()
         compute, optim = plan.spec.compute, plan.spec.optim
         self.progress = Progress(budget_tokens=compute.micro_batch_tokens or 0, micro_batch=optim.micro_batch)
 
     def run(self) -> Outcome:
         """Train to the end, to an early stop, or until asked to stop; the state is saved in the last case."""
-        try:
-            outcome = self._run()
-            self._store.wait()
-        except DiskFullError as error:
-            self._watch(events.Paused(self.progress.step, "disk_full"))
-            raise error
+        outcome = self._run()
+        if outcome.is_done and isinstance(self._spec.method, AdapterKeys):
+            self._save()  # small, and whatever happens while the results are written loses nothing
+        self._store.wait()
         return outcome
 
     def _run(self) -> Outcome:
@@ -167,14 +183,16 @@ class Loop:
         """Loss and gradients of all micro-batches; None when memory ran out and they are to be made smaller."""
         scale = 1.0 / count_units(self._spec.objective, items)
         mine = share_out(items, *self._share)
-        sums = _Sums()
+        sums, handles = _Sums(), []
         try:
             for group in self._lay_out(mine):
                 if self._stop:
                     break
                 batch = build_batch(group, step=step)
                 loss = build_loss(self._spec.objective, group, batch, scale=scale, references=self._references)
-                computed = self._engine.forward_backward(batch, loss).result()
+                handles.append(self._engine.forward_backward(batch, loss))
+            for handle in handles:
+                computed = handle.result()
                 sums.value += computed.value
                 for name, value in computed.metrics.items():
                     sums.metrics[name] = sums.metrics.get(name, 0.0) + value
@@ -189,8 +207,8 @@ class Loop:
 
     def _summed(self, sums: _Sums) -> _Sums:
         """Over all processes; one that was asked to stop stops them all."""
-        names = sorted(sums.metrics)
-        values = np.array([float(bool(self._stop)), sums.value, *(sums.metrics[name] for name in names)])
+        names = metric_names(self._spec.objective)
+        values = np.array([float(bool(self._stop)), sums.value, *(sums.metrics.get(name, 0.0) for name in names)])
         total: Floats = self._engine.sum_over_processes(values)
         return _Sums(float(total[1]), dict(zip(names, total[2:].tolist(), strict=True)), bool(total[0]))
 
@@ -219,6 +237,7 @@ class Loop:
         optim = self._spec.optim
         rate = learning_rate(step, self._plan.steps, optim)
         params = StepParams(rate, optim.weight_decay, optim.max_grad_norm)
+        self._let_save()
         return self._engine.optim_step(params).result()
 
     def _report(
@@ -246,19 +265,20 @@ class Loop:
                 trained_tokens=trained,
                 tokens_per_second=tokens / seconds if seconds else 0.0,
                 seconds=seconds,
-                memory_bytes=self._engine.peak_memory_bytes(),
+                memory_bytes=self._engine.peak_memory_bytes() * (self._share[1] if self._plan.device == "cpu" else 1),
                 metrics=metrics,
             )
         )
 
     def _skip(self, step: int, examples: Sequence[int], loss: float, taken: StepTaken) -> None:
-        """A step that was refused: within what may be skipped it is recorded, beyond that the run stops."""
+        """A step that was refused: within what may be skipped it is recorded, beyond that the run stops before it."""
         what = "loss" if not math.isfinite(loss) else "gradient"
         rows = ["{}:{}".format(*self._prepared.row_of(example)) for example in examples]
-        self.progress.skipped += 1
         self._watch(events.StepSkipped(step + 1, f"non-finite {what}", rows))
-        if self.progress.skipped <= self._spec.optim.max_skipped_steps:
+        if self.progress.skipped < self._spec.optim.max_skipped_steps:
+            self.progress.skipped += 1
             return
+        self.progress.step = step
         self._save(wait=True)
         more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
         raise NonFiniteError(
@@ -273,35 +293,26 @@ class Loop:
         """Measure the held-out part, once at a step; False when asked to stop on the way."""
         if not self._has_valid or self.progress.evaluated_step == self.progress.step:
             return True
-        scores = evaluate(
-            self._engine,
-            self._prepared,
-            self._spec.objective,
-            references=self._references,
-            budget_tokens=self.progress.budget_tokens or self._longest(),
-            share=self._share,
-            stop=self._stop,
-        )
+        budget = self.progress.budget_tokens or int(self._prepared.example_lengths.max())
+        way = Pass("evaluation", budget, self._share, self._stop, self._watch)
+        scores = evaluate(self._engine, self._prepared, self._spec.objective, self._references, way)
         if scores is None:
             return False
         self._note(scores)
         return True
 
-    def _longest(self) -> int:
-        return int(self._prepared.example_lengths.max())
-
     def _note(self, scores: Scores) -> None:
         progress, spec = self.progress, self._spec
         value = scores.by_name(spec.evaluate.best_metric)
-        is_best = progress.best_value is None or value < progress.best_value - spec.evaluate.min_improvement
+        best = math.inf if progress.best_value is None else progress.best_value
+        is_best = math.isfinite(value) and value < best - spec.evaluate.min_improvement
         progress.evaluated_step = progress.step
-        progress.last_scores = asdict(scores)
+        progress.last_scores = scores.as_dict()
         progress.evaluations_without_gain = 0 if is_best else progress.evaluations_without_gain + 1
         if is_best:
             progress.best_value, progress.best_step = value, progress.step
         self._watch(events.Evaluated(step=progress.step, is_best=is_best, **asdict(scores)))
         if is_best and spec.evaluate.keep == "best":
-            self._store.protect(progress.step)
             self._save()
 
     def _is_stuck(self) -> bool:
@@ -311,7 +322,8 @@ class Loop:
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def _stopped(self) -> Outcome:
-        self._save(wait=True)
+        if self.progress.step > 0:
+            self._save(wait=True)
         reason = self._stop.reason or "SIGTERM"
         self._watch(events.Stopped(self.progress.step, reason))
         return Outcome(self.progress.step, reason)
@@ -320,29 +332,55 @@ class Loop:
         """Save the state as it stands; the copy is made here, the writing goes on beside training."""
         rank, _ = self._share
         step = self.progress.step
+        started = time.monotonic()
         self._store.wait()
         if rank != 0 or step in self._saved_steps:
             return
-        started = time.monotonic()
         weights, state = self._engine.save("weights"), self._engine.save("state")
-        facts = {**self._facts, "progress": asdict(self.progress)}
-        copied = time.monotonic() - started
+        best = self.progress.best_step if self._spec.evaluate.keep == "best" else None
+        needs = [] if best is None else [best]
+        facts = {**self._facts, "progress": asdict(self.progress), NEEDS: needs}
+        saving = self._saving = _Saving(time.monotonic() - started)
 
-        def tell(saved: SavedCheckpoint, blocked: float) -> None:
-            self._watch(events.CheckpointSaved(saved.step, blocked, saved.seconds, saved.size_bytes))
+        def write_weights(folder: Path) -> None:
+            try:
+                weights.write(folder)
+            except ModelError as error:
+                raise NonFiniteError(
+                    f"after step {step} the weights cannot be saved: {error.message.partition(': ')[2]}",
+                    hint="lower optim.learning_rate; the checkpoint before is untouched",
+                ) from None
+
+        def tell(saved: SavedCheckpoint) -> None:
+            self._watch(events.CheckpointSaved(saved.step, saving.total_seconds, saved.seconds, saved.size_bytes))
 
         if wait or weights.is_live:
-            saved = self._store.save(step, weights.write, state.write, facts)
-            tell(saved, time.monotonic() - started)
+            saving.waiting_since = time.monotonic()
+            tell(self._store.save(step, write_weights, state.write, facts))
         else:
-            self._store.save_in_background(
-                step, weights.write, state.write, facts, on_saved=lambda saved: tell(saved, copied)
-            )
+            self._store.save_in_background(step, write_weights, state.write, facts, on_saved=tell)
         self._saved_steps.add(step)
+
+    def _let_save(self) -> None:
+        """Before another step is done, give the save of the one before a moment to be durable.
+
+        A kill costs the steps since the last durable checkpoint, so one that is nearly there is worth the moment.
+        """
+        saving = self._saving
+        left = _BLOCKED_SECONDS - saving.blocked_seconds
+        if left > 0 and self._store.is_saving:
+            started = saving.waiting_since = time.monotonic()
+            self._store.wait(left)
+            saving.blocked_seconds, saving.waiting_since = saving.blocked_seconds + time.monotonic() - started, None
 
     def resume(self, step: int, progress: dict[str, Any]) -> None:
         """Go on after a checkpoint; the engine has its weights and state already."""
-        self.progress = Progress(**progress)
-        self._store.protect(self.progress.best_step if self._spec.evaluate.keep == "best" else None)
+        asked, self.progress = self.progress, Progress(**progress)
+        # What memory once refused stays refused; a plan that was made smaller since is followed.
+        self.progress.budget_tokens = _least(self.progress.budget_tokens, asked.budget_tokens) or 0
+        self.progress.micro_batch = _least(self.progress.micro_batch, asked.micro_batch)
         self._saved_steps.add(step)
-        self._watch(events.Resumed(step))
+
+
+def _least(*values: int | None) -> int | None:
+    return min((value for value in values if value), default=None)

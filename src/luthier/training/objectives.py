@@ -15,9 +15,18 @@ References = Callable[[Item], Floats]
 """The reference model's log-probabilities of an item's trained tokens."""
 
 
+REWARDS = ("reward_accuracy", "reward_chosen", "reward_margin", "reward_rejected")
+"""What the losses over pairs report beside their value."""
+
+
 def is_paired(objective: Objective) -> bool:
     """Whether its examples are pairs."""
     return isinstance(objective, DpoObjective | SimpoObjective | OrpoObjective)
+
+
+def metric_names(objective: Objective) -> tuple[str, ...]:
+    """What its loss reports, in one order, also where a process has no example of a step."""
+    return REWARDS if is_paired(objective) else ()
 
 
 def count_units(objective: Objective, items: Sequence[Item]) -> int:

@@ -34,7 +34,7 @@ from luthier.weights.tensors import (
     build_model_shape,
     fetch_shapes,
     has_weights,
-    layer_number,
+    is_in_last_layers,
     match_modules,
     read_config,
     read_model_shape,
@@ -197,12 +197,8 @@ def _decide_precision(draft: _Draft) -> None:
     if asked != "auto":
         return
     where = "processor" if machine.device == "cpu" else machine.device_name
-    if machine.has_bf16:
-        draft.decide("compute.precision", "bf16", f"the {where} computes in bf16")
-    elif machine.device == "cpu":
-        draft.decide("compute.precision", "fp32", f"the {where} has no bf16")
-    else:
-        draft.decide("compute.precision", "fp16", f"the {where} has no bf16; the loss is scaled")
+    reasons = {"bf16": "computes in bf16", "fp32": "has no bf16", "fp16": "has no bf16; the loss is scaled"}
+    draft.decide("compute.precision", machine.precision, f"the {where} {reasons[machine.precision]}")
 
 
 def _decide_method(draft: _Draft, sizes: _Sizes) -> None:
@@ -411,7 +407,7 @@ def count_trainable(method: AdapterKeys | FullMethod, model: ModelShape) -> Trai
     for name, modules in match_modules(linears, names).items():
         if not modules:
             raise _no_target(name, model)
-        chosen |= {module for module in modules if _is_adapted(module, method.last_layers, model.layers)}
+        chosen |= {module for module in modules if is_in_last_layers(module, method.last_layers, model.layers)}
     if not chosen:
         raise SpecError(f"method.last_layers = {method.last_layers} leaves none of method.targets to adapt")
     adapter = sum(method.rank * sum(linears[module]) for module in chosen)
@@ -426,11 +422,6 @@ def count_trainable(method: AdapterKeys | FullMethod, model: ModelShape) -> Trai
 def _head(model: ModelShape) -> dict[str, tuple[int, int]]:
     """The head can be named as a target, though `auto` leaves it out."""
     return {"lm_head": (model.vocab_size, model.hidden_size)} if "lm_head" in model.modules else {}
-
-
-def _is_adapted(module: str, last_layers: int | None, layers: int) -> bool:
-    number = layer_number(module)
-    return last_layers is None or number is None or number >= layers - last_layers
 
 
 def _no_target(name: str, model: ModelShape) -> Exception:

@@ -18,13 +18,15 @@ from luthier.runs.models import remove_model
 from luthier.runs.run import Run
 from luthier.training.launch import run_processes
 from luthier.training.session import Work, train
-from luthier.training.signals import StopFlag
+from luthier.training.signals import EXIT_CODES, StopFlag
 
 MakeWork = Callable[..., Work]
 """Makes the work of a run: settings by key, whoever watches, and the folder its run folder goes to."""
 
 Tell = Callable[[str], None]
 _TOLERANCE = 1e-4
+# What a proof leaves of the outside world: nothing.
+_ALONE = {"output.merge": False, "output.model_id_file": None}
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,15 @@ def prove_resume(make: MakeWork, *, steps: int, stop_at: int, tell: Tell) -> lis
     """Train `steps` steps; train to `stop_at`, stop, and go on to the same end; compare every tensor byte for byte."""
     if not 0 < stop_at < steps:
         raise CallError(f"--stop-at {stop_at} must lie between 1 and {steps - 1}", hint="leave it out for the middle")
-    settings = {"optim.steps": steps, "output.save_every_steps": steps, "output.merge": False}
+    settings = {"optim.steps": steps, "output.save_every_steps": steps, **_ALONE}
     with _scratch() as folder:
         tell(f"{steps} steps without a stop")
         whole = _train(make(settings, folder / "whole"))
-        tell(f"{stop_at} steps, stopped")
+        tell(f"to step {stop_at}, stopped there")
         stopping = make(settings, folder / "resumed")
         stop = StopFlag()
-        _train(replace(stopping, stop=stop, watch=_stop_after(stop_at, stop)))
-        tell(f"resumed for the other {steps - stop_at}")
+        _train(replace(stopping, stop=stop, watch=_stop_after(stop_at, stop)), until=stop_at)
+        tell(f"resumed to step {steps}")
         _train(replace(stopping, stop=StopFlag()), resume=True)
         found = _compare_tensors(whole, stopping.run, steps)
     return _held(found, "resume")
@@ -65,8 +67,8 @@ def prove_invariance(make: MakeWork, *, steps: int, tell: Tell) -> list[Compared
         "optim.steps": steps,
         "compute.precision": "fp32",
         "compute.processes": 1,
-        "output.merge": False,
         "output.save_every_steps": 0,
+        **_ALONE,
     }
     batch = make(base, None).plan.spec.optim.batch
     with _scratch() as folder:
@@ -78,7 +80,9 @@ def prove_invariance(make: MakeWork, *, steps: int, tell: Tell) -> list[Compared
         alone = _train(replace(make({**base, "optim.micro_batch": batch}, folder / "alone"), packed=False))
         tell("2 processes")
         two = make({**base, "compute.processes": 2}, folder / "two").run
-        run_processes(["-m", "luthier.cli.rank", str(two.folder), "--json"], 2, two.folder, quiet=True)
+        code = run_processes(["-m", "luthier.cli.rank", str(two.folder), "--json"], 2, two.folder, quiet=True)
+        if code:
+            raise ProofError(f"the run of 2 processes ended with exit code {code}", hint="`luthier doctor` may say why")
         found = [
             compared
             for name, run in (
@@ -91,8 +95,13 @@ def prove_invariance(make: MakeWork, *, steps: int, tell: Tell) -> list[Compared
     return _held(found, "invariance")
 
 
-def _train(work: Work, *, resume: bool = False) -> Run:
-    train(work, resume=resume)
+def _train(work: Work, *, resume: bool = False, until: int | None = None) -> Run:
+    """Train to the end, or to the step at which the proof stops it; a person may stop it anywhere."""
+    outcome = train(work, resume=resume).outcome
+    if not outcome.is_done and outcome.step != until:
+        error = ProofError(f"stopped by {outcome.reason}: nothing was proved")
+        error.exit_code = EXIT_CODES[outcome.reason]
+        raise error
     return work.run
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from luthier.data.pack import lay_out_step
 from luthier.data.prepared import Prepared
 from luthier.engines.verbs import Engine, Floats
 from luthier.runs.manifest import find_manifest, seal
-from luthier.training.batches import Item, build_batch, read_item
-from luthier.training.signals import StopFlag
+from luthier.training.batches import Item, read_item
+from luthier.training.passes import Pass
 
 FILE = "reference.safetensors"
 
@@ -32,42 +31,20 @@ class ReferenceTable:
         return found
 
 
-def compute_references(
-    engine: Engine,
-    prepared: Prepared,
-    examples: Iterable[int],
-    *,
-    budget_tokens: int,
-    share: tuple[int, int],
-    stop: StopFlag,
-    tick: Callable[[int, int], None],
-) -> ReferenceTable | None:
-    """One pass with the weights as they stand, which must be those of the base; None when asked to stop on the way.
-
-    `tick` is told the pairs done and in all.
-    """
+def compute_references(engine: Engine, prepared: Prepared, examples: Iterable[int], way: Pass) -> ReferenceTable | None:
+    """One pass with the weights as they stand, which must be those of the base; None when asked to stop on the way."""
     chosen = sorted({int(example) for example in examples})
     counts = [read_item(prepared, example).trained_tokens for example in chosen]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     logprobs = np.zeros(int(offsets[-1]))
-    places = {example: number for number, example in enumerate(chosen)}
-    rank, count = share
-    done = 0
-    for window in range(rank, -(-len(chosen) // 64), count):
-        items = [read_item(prepared, example) for example in chosen[window * 64 : window * 64 + 64]]
-        for group in lay_out_step([item.tokens for item in items], budget_tokens):
-            if stop:
-                break
-            batch = build_batch([items[place] for place in group])
-            found = engine.forward(batch).result().logprobs
-            start = 0
-            for item in (items[place] for place in group):
-                first = int(offsets[places[item.example]])
-                logprobs[first : first + item.trained_tokens] = found[start : start + item.trained_tokens]
-                start += item.trained_tokens
-            done += len(group)
-            tick(min(len(chosen), done * count), len(chosen))
-    total = engine.sum_over_processes(np.concatenate([[float(bool(stop))], logprobs]))
+    table = ReferenceTable(chosen, offsets, logprobs)
+    for passed in way.over(engine, prepared, chosen):
+        start = 0
+        for item in passed.items:
+            stop = start + item.trained_tokens
+            table(item)[:] = passed.computed.logprobs[start:stop]
+            start = stop
+    total = engine.sum_over_processes(np.concatenate([[float(bool(way.stop))], logprobs]))
     return None if total[0] else ReferenceTable(chosen, offsets, total[1:])
 
 

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from luthier.data.order import step_examples
 from luthier.data.prepared import Prepared
 from luthier.engines.registry import find_engine
 from luthier.engines.verbs import Engine
-from luthier.errors import LuthierError, ResumeError
+from luthier.errors import DiskFullError, LuthierError, ResumeError, StorageError
 from luthier.runs import events
 from luthier.runs.checkpoints import CheckpointStore, ResumePoint
-from luthier.runs.lineage import data_hash, list_changes, list_versions
+from luthier.runs.lineage import accept_changes, data_hash, list_changes, list_version_changes, list_versions
 from luthier.runs.resolve import ResolvedModel
 from luthier.runs.run import Run
 from luthier.spec.method import FullMethod
 from luthier.spec.objective import DpoObjective
 from luthier.spec.plan import RunPlan
 from luthier.training.finish import close_run, keep_best, write_results
-from luthier.training.loop import Loop, Outcome, Progress, Watch
+from luthier.training.loop import Loop, Outcome, Progress
 from luthier.training.objectives import References
+from luthier.training.passes import Pass, Watch
 from luthier.training.reference import compute_references, find_references, write_references
-from luthier.training.signals import StopFlag
+from luthier.training.signals import AskedToStop, StopFlag
 
 _KEPT_FULL_CHECKPOINTS = 2
 
@@ -68,25 +70,49 @@ def train(work: Work, *, resume: bool = False, allow_changed: bool = False) -> T
         if work.leads:
             stack.enter_context(work.run.lock())
         stack.enter_context(work.stop)
+        changes = list_changes(work.run.folder, work.plan, work.prepared, work.resolved) if resume else []
+        if changes and not allow_changed:
+            # Before any event: a resume that is refused leaves the run as it was.
+            raise ResumeError(
+                f"{work.run.id}: cannot go on, because this is not as it was: {'; '.join(changes)}",
+                hint="start a new run, or insist with --allow-changed",
+                details=changes,
+            )
         try:
-            return _train(work, resume=resume, allow_changed=allow_changed)
+            return _train(work, resume=resume, changes=changes)
+        except DiskFullError as error:
+            error.hint = f"free some space, then: luthier resume {work.run.folder}"
+            with suppress(StorageError):  # the events may lie on the same disk
+                _record(work)(events.Paused(_reached(work.run), error.code))
+            raise
         except LuthierError as error:
-            if work.run.events is not None and error.code != "disk_full":
-                _record(work)(events.Failed(error.code, error.message))
+            _record(work)(events.Failed(error.code, error.message))
+            raise
+        except Exception as error:  # the edge of the run: whatever ends it is told in its events
+            _record(work)(events.Failed(LuthierError.code, f"{type(error).__name__}: {error}"))
             raise
 
 
-def _train(work: Work, *, resume: bool, allow_changed: bool) -> Trained:
+def _reached(run: Run) -> int:
+    """The step that the events speak of last."""
+    return next((int(each["step"]) for each in reversed(run.read_events()) if "step" in each), 0)
+
+
+def _train(work: Work, *, resume: bool, changes: list[str]) -> Trained:
     watch, plan, store = _record(work), work.plan, _open_store(work)
-    watch(events.RunStarted(work.run.id, versions=list_versions()))
+    watch(events.RunStarted(work.run.id, attempt=_attempt(work), versions=list_versions()))
     watch(events.Planned(plan.as_dict()))
     watch(events.DataReady(_counts(work.prepared), work.prepared.was_cached))
-    point = _find_point(work, store, watch, allow_changed=allow_changed) if resume else None
-    engine = _load_engine(work, watch)
+    point = _find_point(work, store, watch, changes) if resume else None
+    try:
+        with work.stop.at_once():
+            engine = _load_engine(work, watch)
+    except AskedToStop:
+        return _stopped_early(work, watch, point)
     try:
         references = _find_references(work, engine, watch)
         if references is None and isinstance(plan.spec.objective, DpoObjective):
-            return _stopped_early(work, watch)
+            return _stopped_early(work, watch, point)
         loop = Loop(
             plan,
             work.prepared,
@@ -104,14 +130,26 @@ def _train(work: Work, *, resume: bool, allow_changed: bool) -> Trained:
         outcome = loop.run()
         if not outcome.is_done:
             return Trained(outcome, loop.progress, None)
+        peak_bytes = _peak_bytes(engine, plan)
+        if not work.leads:
+            return Trained(outcome, loop.progress, None)
         keep_best(engine, store, plan, loop.progress)
-        final = None
-        if work.leads:
-            final = write_results(work.run, plan, work.prepared, work.resolved, engine, loop.progress)
-            close_run(work.run, plan, work.home, outcome, loop.progress, engine.peak_memory_bytes(), watch)
+        final = write_results(work.run, plan, work.prepared, work.resolved, engine, loop.progress)
+        close_run(work.run, plan, work.home, outcome, loop.progress, peak_bytes, watch)
         return Trained(outcome, loop.progress, final)
     finally:
         engine.close()
+
+
+def _attempt(work: Work) -> int:
+    """How many times a process began to work on the run, this time included."""
+    return 1 + sum(each["kind"] == events.RunStarted.kind for each in work.run.read_events()) if work.leads else 1
+
+
+def _peak_bytes(engine: Engine, plan: RunPlan) -> int:
+    """What the plan's memory is held against: on a CPU that of all processes together."""
+    peak = float(engine.peak_memory_bytes())
+    return int(engine.sum_over_processes(np.array([peak]))[0] if plan.device == "cpu" else peak)
 
 
 def _record(work: Work) -> Watch:
@@ -136,20 +174,18 @@ def _counts(prepared: Prepared) -> dict[str, Any]:
     return {name: prepared.summary[name] for name in ("rows", "train", "valid", "dropped", "tokens", "trained_tokens")}
 
 
-def _find_point(work: Work, store: CheckpointStore, watch: Watch, *, allow_changed: bool) -> ResumePoint | None:
-    """The newest whole checkpoint; refused when what it stands on has changed, unless told to insist."""
-    changes = list_changes(work.run.folder, work.plan, work.prepared, work.resolved)
-    if changes and not allow_changed:
-        raise ResumeError(
-            f"{work.run.id}: cannot go on, because this is not as it was: {'; '.join(changes)}",
-            hint="start a new run, or insist with --allow-changed",
-            details=changes,
-        )
+def _find_point(work: Work, store: CheckpointStore, watch: Watch, changes: list[str]) -> ResumePoint | None:
+    """The newest whole checkpoint; what has changed although it stands on it is told, because a person insisted."""
     for change in changes:
         watch(events.Warned("changed", f"resumed although changed: {change}"))
+    if changes and work.leads:
+        accept_changes(work.run, changes, work.plan, work.prepared, work.resolved)
+    for change in list_version_changes(work.run.lineage):
+        watch(events.Warned("versions", f"{change}: the result may differ in its last digits"))
     point, broken = store.find_newest()
     for each in broken:
         watch(events.CheckpointBroken(str(each.path), each.reason))
+    watch(events.Resumed(point.step if point else 0))
     return point
 
 
@@ -190,30 +226,21 @@ def _find_references(work: Work, engine: Engine, watch: Watch) -> References | N
         engine,
         work.prepared,
         met | {int(example) for example in work.prepared.valid},
-        budget_tokens=plan.spec.compute.micro_batch_tokens or int(work.prepared.example_lengths.max()),
-        share=work.share,
-        stop=work.stop,
-        tick=_ticker(watch),
+        Pass(
+            "reference",
+            plan.spec.compute.micro_batch_tokens or int(work.prepared.example_lengths.max()),
+            work.share,
+            work.stop,
+            watch,
+        ),
     )
     if work.leads and table is not None:
         write_references(folder, table, facts)
     return table
 
 
-def _stopped_early(work: Work, watch: Watch) -> Trained:
-    """Asked to stop before the first step: there is nothing to save yet."""
-    outcome = Outcome(0, work.stop.reason or "SIGTERM")
-    watch(events.Stopped(0, outcome.reason))
-    return Trained(outcome, Progress(), None)
-
-
-def _ticker(watch: Watch) -> Callable[[int, int], None]:
-    shown = 0.0
-
-    def tick(done: int, count: int) -> None:
-        nonlocal shown
-        if time.monotonic() - shown > 1 or done == count:
-            shown = time.monotonic()
-            watch(events.Working("reference", done, count))
-
-    return tick
+def _stopped_early(work: Work, watch: Watch, point: ResumePoint | None) -> Trained:
+    """Asked to stop before a step of this process: there is nothing new to save."""
+    outcome = Outcome(point.step if point else 0, work.stop.reason or "SIGTERM")
+    watch(events.Stopped(outcome.step, outcome.reason))
+    return Trained(outcome, Progress(**point.facts["progress"]) if point else Progress(), None)

@@ -90,6 +90,25 @@ def layer_number(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_adaptable(module: str, *, has_experts: bool) -> bool:
+    """Whether a linear layer of that path takes an adapter: it is of the decoder, no expert and no router."""
+    *parents, leaf = module.split(".")
+    if layer_number(module) is None or _OTHER_TOWER.search(module) or _EXPERT.search(module):
+        return False
+    return not _NOT_LINEAR.search(leaf) and "router" not in parents and not (has_experts and leaf in _ROUTERS)
+
+
+def is_of_experts(parameter: str) -> bool:
+    """Whether a parameter belongs to the experts of a mixture."""
+    return bool(_EXPERT.search(parameter))
+
+
+def is_in_last_layers(module: str, count: int | None, layers: int) -> bool:
+    """Whether a module is in the last `count` of the decoder's layers, or outside of them all."""
+    number = layer_number(module)
+    return count is None or number is None or number >= layers - count
+
+
 def is_named(module: str, name: str) -> bool:
     """Whether `name` is the module's path or its last part, as targets are given."""
     return module == name or module.endswith("." + name)
@@ -263,12 +282,8 @@ def _find_linears(shapes: Mapping[str, TensorInfo], *, has_experts: bool) -> dic
     found = {}
     for key, info in shapes.items():
         module = key.removesuffix(".weight")
-        leaf = module.rpartition(".")[2]
-        if key == module or len(info.shape) != 2 or layer_number(key) is None:
-            continue
-        if _NOT_LINEAR.search(key) or _EXPERT.search(key) or (has_experts and leaf in _ROUTERS):
-            continue
-        found[module] = (info.shape[0], info.shape[1])
+        if key != module and len(info.shape) == 2 and is_adaptable(module, has_experts=has_experts):
+            found[module] = (info.shape[0], info.shape[1])
     return found
 
 

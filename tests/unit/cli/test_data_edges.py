@@ -52,6 +52,23 @@ def test_show_cuts_what_training_would_cut(tmp_path: Path, capsys: Captured) -> 
     assert row["notes"] == ["truncated"]
 
 
+def test_show_parts_what_training_would_part(tmp_path: Path, capsys: Captured) -> None:
+    file = write(tmp_path / "rows.jsonl", json.dumps({"text": "one two three " * 20}))
+    call = ["data", "show", file, "--model", "practice", "--max-length", "24", "--objective", "pretrain", "--json"]
+    assert main([*call, "--too-long", "split"]) == 0
+    shown = read_json(capsys)
+    assert {row["line"] for row in shown["rows"]} == {1}
+    assert len(shown["rows"]) > 2
+    assert all(len(row["tokens"]) <= 24 and row["notes"] == ["split"] for row in shown["rows"])
+    assert "".join(row["text"] for row in shown["rows"]) == "one two three " * 20 + "<|im_end|>"
+
+
+def test_the_report_says_that_long_texts_can_be_split(tmp_path: Path, capsys: Captured) -> None:
+    file = write(tmp_path / "rows.jsonl", json.dumps({"text": "one two three " * 20}), json.dumps({"text": "a"}))
+    assert main(["data", "check", file, "--model", "practice", "--max-length", "24", "--valid", "0"]) == 0
+    assert 'hint: data.too_long = "split" cuts long plain texts into pieces instead' in capsys.readouterr().out
+
+
 def test_show_cuts_the_end_of_an_answer(tmp_path: Path, capsys: Captured) -> None:
     file = write(tmp_path / "rows.jsonl", chat("a", "yes " * 60))
     call = ["data", "show", file, "--model", "practice", "--max-length", "24", "--too-long", "truncate", "--json"]

@@ -30,12 +30,12 @@ def test_the_plan_of_the_demo(tmp_path: Path, capsys: Captured) -> None:
     out = capsys.readouterr().out
     for words in (
         "qlora sft of practice",
-        "105 of 16 examples (4 epochs)",
+        "79 of 16 examples (3 epochs)",
         "233,472 of 2,164,928 parameters (10.78%)",
         "1 process, 16 examples of a step",
         "activations",
         "every linear layer but the head",
-        "0.03 of 105 steps",
+        "0.03 of 79 steps",
         "about ",
     ):
         assert words in out

@@ -191,6 +191,36 @@ def test_long_rows_are_counted_by_the_whole_conversation(too_long: str, tmp_path
         assert ledger(done)[2]["notes"] == ["truncated", "end_cut"]
 
 
+def test_a_long_text_is_split_and_no_token_is_lost(tmp_path: Path) -> None:
+    long = " ".join(f"word{number}" for number in range(60))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "short"}, {"text": long}, {"text": "other"}])
+    done = prepared(rows, tmp_path, objective="pretrain", valid=0, max_length=40, too_long="split")
+    pieces = [
+        int(done.lengths[s]) for e in done.train for s in done.sequences_of(int(e)) if done.row_of(int(e))[1] == 2
+    ]
+    whole = prepared(rows, tmp_path, objective="pretrain", valid=0, max_length=1000)
+    assert len(pieces) > 2
+    assert max(pieces) <= 40
+    assert max(pieces) - min(pieces) <= 1
+    assert sum(pieces) == int(whole.lengths[1])
+    assert "".join(trained_texts(done, done.train)) == "".join(trained_texts(whole, whole.train))
+    assert [entry.get("examples", 1) for entry in ledger(done)] == [1, len(pieces), 1]
+    assert [entry.get("notes") for entry in ledger(done)] == [None, ["split"], None]
+    assert done.summary["examples"]["train"] == len(done.train) == len(pieces) + 2
+    assert done.summary["tokens"] == whole.summary["tokens"]
+
+
+def test_only_plain_text_is_split(tmp_path: Path) -> None:
+    pair = {"prompt": "a", "chosen": "yes " * 3, "rejected": "no"}
+    long_pair = {**pair, "chosen": "yes " * 60}
+    rows = [chat("a"), {"text": "word " * 100}, chat("b", "word " * 100), pair, long_pair, {"text": "c"}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    done = prepared(file, tmp_path, objective=None, valid=0, max_length=40, too_long="split", max_rejected_share=1.0)
+    assert [entry["line"] for entry in ledger(done) if entry.get("reason") == "too_long"] == [3, 5]
+    assert max(int(done.lengths[s]) for e in done.train for s in done.sequences_of(int(e))) <= 40
+    assert [len(done.sequences_of(int(example))) for example in done.train].count(2) == 1
+
+
 def test_too_long_error_names_the_rows(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [chat("a"), chat("word " * 100)])
     with pytest.raises(DataError, match=r"rows.jsonl:2 \(\d+ tokens\)"):

@@ -19,7 +19,7 @@ from luthier.training.batches import Item, build_batch
 
 VOCAB = 160
 WINDOW = 6
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -50,6 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 2.0},
 }
 HYBRIDS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3},
@@ -66,6 +67,13 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
     },
 }
+OLDER: dict[str, dict[str, Any]] = {
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "gptj": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "rotary_dim": 8, "n_positions": 128},
+    "falcon": {"ffn_hidden_size": 48, "num_kv_heads": 1, "head_dim": None},
+    "mamba": {"state_size": 8, "time_step_rank": 4},
+}
+"""Architectures that take no attention but their own, or have none."""
 
 
 def save_shape(folder: Path, kind: str, *, dtype: str = "float32", seed: int = 0, **settings: Any) -> Path:
@@ -73,12 +81,13 @@ def save_shape(folder: Path, kind: str, *, dtype: str = "float32", seed: int = 0
     import torch
     import transformers
 
-    known = {**SHAPES, **EXPERTS, **HYBRIDS}
-    config = transformers.AutoConfig.for_model(kind, **{**_SIZES, **known.get(kind, {}), **settings})
+    known = {**SHAPES, **EXPERTS, **HYBRIDS, **OLDER}
+    asked = {**SIZES, **known.get(kind, {}), **settings}
+    config = transformers.AutoConfig.for_model(kind, **{key: each for key, each in asked.items() if each is not None})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases that are not what every model starts with
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder)

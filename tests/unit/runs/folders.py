@@ -21,9 +21,9 @@ def writer(files: dict[str, bytes], step: int) -> Writer:
     return write
 
 
-def save(store: CheckpointStore, step: int) -> SavedCheckpoint:
+def save(store: CheckpointStore, step: int, **facts: object) -> SavedCheckpoint:
     """One checkpoint."""
-    return store.save(step, writer(FILES, step), writer(STATE, step), {"position": step * 4, "best": None})
+    return store.save(step, writer(FILES, step), writer(STATE, step), {"position": step * 4, "best": None, **facts})
 
 
 def _flip(path: Path, place: float) -> None:

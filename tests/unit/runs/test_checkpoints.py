@@ -25,12 +25,12 @@ PARTS = [("checkpoint_step_{}", name) for name in (*FILES, "manifest.json")] + [
 CRASH_POINTS = manifest.CRASH_POINTS + checkpoints.CRASH_POINTS
 
 
-def newest(folder: Path) -> ResumePoint:
+def newest(folder: Path, **facts: object) -> ResumePoint:
     point, _ = CheckpointStore(folder).find_newest()
     assert point is not None
     assert (point.weights / "adapter_config.json").read_bytes() == FILES["adapter_config.json"] + b"%d" % point.step
     assert (point.state / "state.json").read_bytes() == STATE["state.json"] + b"%d" % point.step
-    assert point.facts == {"position": point.step * 4, "best": None, "step": point.step}
+    assert point.facts == {"position": point.step * 4, "best": None, "step": point.step, **facts}
     return point
 
 
@@ -124,13 +124,45 @@ def test_the_two_newest_states_and_all_weights_are_kept(tmp_path: Path) -> None:
 def test_as_many_weights_as_asked_and_the_best(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_weights=3)
     for step in range(1, 9):
-        save(store, step)
-        if step in (2, 4):
-            store.protect(step)
+        save(store, step, needs=[4 if step >= 4 else 2])
     assert names(tmp_path) == ([4, 6, 7, 8], [7, 8])
     lean = CheckpointStore(tmp_path, keep_weights=1)
     save(lean, 9)
-    assert names(tmp_path) == ([8, 9], [8, 9])  # what the older state needs stays beside it
+    assert names(tmp_path) == ([4, 8, 9], [8, 9])  # the older state, and what it needs, stay beside it
+    save(lean, 10)
+    assert names(tmp_path) == ([9, 10], [9, 10])
+
+
+def test_what_the_older_state_needs_is_kept_for_it(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_weights=1)
+    for step, best in ((1, 1), (2, 1), (3, 3)):
+        save(store, step, needs=[best])
+    assert names(tmp_path) == ([1, 2, 3], [2, 3])
+    (tmp_path / "checkpoint_step_3" / "adapter_config.json").unlink()
+    assert newest(tmp_path, needs=[1]).step == 2
+
+
+def test_a_checkpoint_whose_best_is_broken_is_passed_over(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step, needs in ((1, []), (2, [2]), (3, [2])):
+        save(store, step, needs=needs)
+    (tmp_path / "checkpoint_step_2" / "adapter_config.json").write_bytes(b"")
+    point, broken = store.find_newest()
+    assert point is None  # the state of step 1 was pruned, and those of 2 and 3 both need what is broken
+    assert [each.step for each in broken] == [3, 2, 1]
+    assert "cannot do without another one: checkpoint_step_2: `adapter_config.json` has 0 bytes" in broken[0].reason
+
+
+def test_no_room_for_another_one_is_known_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    size_bytes = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(size_bytes, size_bytes, size_bytes))
+    save(store, 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(size_bytes, 0, size_bytes // 2))
+    with pytest.raises(DiskFullError, match="are needed there"):
+        save(store, 3)
+    assert newest(tmp_path).step == 2
 
 
 def test_a_broken_one_does_not_count_among_those_kept(tmp_path: Path) -> None:

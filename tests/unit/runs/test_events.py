@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -146,3 +147,30 @@ def test_a_line_is_plain_json(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     log.append(step_done(1, loss=float("nan")))
     assert orjson.loads(log.path.read_bytes())["loss"] is None
+
+
+def test_a_line_that_did_not_fit_on_the_disk_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    log.append(events.Resumed(1))
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def write(self, content: bytes) -> None:
+            self.file.write(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    opened = Path.open
+    with monkeypatch.context() as once:
+        once.setattr(Path, "open", lambda self, mode: Full(opened(self, mode)))
+        with pytest.raises(DiskFullError):
+            log.append(events.Resumed(2))
+    log.append(events.Paused(2, "disk_full"))
+    assert [(each["seq"], each["kind"]) for each in read_events(log.path)] == [(1, "resumed"), (2, "paused")]

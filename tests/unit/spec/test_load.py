@@ -207,6 +207,7 @@ def test_a_text_that_cannot_be_read_says_why(text: str, kind: str, words: str) -
         ("[evaluate]\nearly_stop_patience = 3", "evaluate.early_stop_patience"),
         ("[data]\nvalid = 0\n[evaluate]\nevery_steps = 5", "evaluate.every_steps"),
         ('[objective]\nkind = "pretrain"\n[data]\nunroll = true', "data.unroll"),
+        ('[data]\ntoo_long = "split"', "data.too_long"),
         ('[engine]\nkind = "tinker"\n[method]\nkind = "qlora"', "method.kind"),
         ('[engine]\nkind = "mlx"\n[compute]\nprocesses = 2', "compute.processes"),
     ],

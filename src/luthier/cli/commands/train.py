@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from luthier.cli.flags import FLAGS, load_run_call, spec_flags
-from luthier.cli.output import Command, print_json, progress_bar, say
+from luthier.cli.output import Command, heartbeat, print_json, progress_bar, say
 
 if TYPE_CHECKING:
     from luthier.spec.load import LoadedSpec
@@ -27,13 +27,15 @@ def command(spec: str | None, dry_run: bool, settings: tuple[str, ...], as_json:
     loaded = load_run_call(spec, flags, settings)
     if not dry_run:
         warm_up(loaded.spec)
-    with progress_bar("reading rows", quiet=as_json) as progress:
+    doing = f"reading {loaded.spec.data.train} for {loaded.spec.model.base}"
+    with heartbeat(doing, quiet=as_json), progress_bar("reading rows", quiet=as_json) as progress:
         prepared = prepare_data(loaded.spec, progress=progress)
-    if dry_run:
-        plan = plan_run(loaded.spec, prepared)
-    else:
-        ready = make_ready(loaded.spec, prepared)
-        plan = ready.plan
+    with heartbeat("planning and looking at the base model", quiet=as_json):
+        if dry_run:
+            plan = plan_run(loaded.spec, prepared)
+        else:
+            ready = make_ready(loaded.spec, prepared)
+            plan = ready.plan
     if as_json and dry_run:
         print_json({"plan": plan.as_dict(), "data": prepared.summary, "dry_run": True})
         return 0
@@ -41,11 +43,13 @@ def command(spec: str | None, dry_run: bool, settings: tuple[str, ...], as_json:
         _print_choices(loaded)
         print_data_report(prepared.summary)
         print_plan(plan)
+        say(end="", at_once=True)
     if dry_run:
         return 0
-    run = start_run(ready)
+    with heartbeat("taking the hashes of the base model", quiet=as_json):
+        run = start_run(ready)
     if not as_json:
-        say(f"run {run.folder}")
+        say(f"run {run.folder}", at_once=True)
     return train_and_tell(run, ready, as_json=as_json)
 
 

@@ -6,6 +6,7 @@ from the model and are honoured; anything else that would change the result is r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -72,11 +73,11 @@ def lay_out(batch: Batch, device: torch.device) -> Layout:
     return Layout(tuple(lengths), tuple(prefixes), device)
 
 
-def register() -> None:
-    """Make the attention known to transformers; saying it twice does nothing more."""
+def register(attend: Callable[..., tuple[Tensor, None]] | None = None) -> None:
+    """Make the attention known to transformers, or another one under its name; saying it twice does nothing more."""
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.register(NAME, packed_attention)
+    AttentionInterface.register(NAME, attend or packed_attention)
 
 
 def packed_attention(
@@ -124,7 +125,7 @@ def _by_segment(
             k = torch.cat([keys[owner].narrow(2, first, length), k], dim=2)
             v = torch.cat([values[owner].narrow(2, first, length), v], dim=2)
         outputs.append(_attend(queries[number], k, v, scaling, window, softcap))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat([each.transpose(1, 2) for each in outputs], dim=1)
 
 
 def _attend(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.data.hashes import mix
-from luthier.engines.torch.loading import Loaded, load_for_training, run_base
+from luthier.engines.torch.head import ROUNDED
+from luthier.engines.torch.loading import Loaded, load_for_training, read_model, run_base
 from luthier.engines.torch.processes import Processes, join_processes
 from luthier.engines.torch.sampling import sample_tokens
 from luthier.engines.torch.steps import Masters, Stepper
@@ -32,7 +35,7 @@ from luthier.engines.verbs import (
     StepParams,
     StepTaken,
 )
-from luthier.errors import CheckpointError
+from luthier.errors import CheckpointError, OutOfMemoryError
 from luthier.runs.resolve import ResolvedModel
 from luthier.spec.method import AdapterKeys
 from luthier.spec.plan import RunPlan
@@ -40,6 +43,7 @@ from luthier.weights.peft import AdapterConfig, read_adapter, write_adapter
 
 STATE_FILE = "optimizer.safetensors"
 MASTERS_FILE = "masters.safetensors"
+GENERATION_FILE = "generation_config.json"
 _CPU_OUT_OF_MEMORY = "can't allocate memory"
 
 
@@ -83,13 +87,12 @@ class TorchEngine:
     def forward_backward(self, batch: Batch, loss: Loss) -> Ready[Computed]:
         """Log-probabilities, the loss, and gradients added to what is there."""
         with _memory_errors():
-            work = self._forward_backward if self._loaded.is_packed else self._one_by_one
-            computed = work(batch, loss)
-        return Ready(lambda: computed)
+            work = self._forward_backward if self._loaded.can_pack(batch) else self._one_by_one
+            return work(batch, loss)
 
     def forward(self, batch: Batch) -> Ready[Computed]:
         """Log-probabilities alone, without dropout."""
-        parts = [batch] if self._loaded.is_packed else batch.alone()
+        parts = [batch] if self._loaded.can_pack(batch) else batch.alone()
         with _memory_errors(), torch.no_grad():
             found = [self._forward(part) for part in parts]
         logprobs = np.concatenate([each[0] for each in found])
@@ -99,7 +102,14 @@ class TorchEngine:
     def optim_step(self, params: StepParams) -> Ready[StepTaken]:
         """Reduce over processes, check, step or refuse; clears the gradients."""
         self._processes.sum_gradients(self._masters.masters)
-        taken = self._stepper.step(params)
+        try:
+            with _memory_errors():
+                taken = self._stepper.step(params)
+        except OutOfMemory as error:
+            raise OutOfMemoryError(
+                f"memory ran out in the optimizer step: {error}",
+                hint='set optim.kind = "adamw_8bit" or "adafactor", or take an adapter (method.kind = "lora")',
+            ) from None
         return Ready(lambda: taken)
 
     def discard_gradients(self) -> None:
@@ -121,8 +131,7 @@ class TorchEngine:
         """The most this process has held: of the device, or of the machine's memory on a CPU."""
         if self._loaded.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._loaded.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return _peak_of_this_process()
 
     def close(self) -> None:
         """Let go of the other processes."""
@@ -132,34 +141,33 @@ class TorchEngine:
 
     def _forward(self, batch: Batch) -> tuple[Floats, np.ndarray | None]:
         self._loaded.dropout.stop()
-        hidden = run_base(self._loaded, batch)[self._tensor(batch.sources)]
+        hidden = self._hidden(batch)
         logprobs, hits = self._loaded.head.score(hidden, self._tensor(batch.targets), with_hits=True)
         return logprobs.double().cpu().numpy(), None if hits is None else hits.cpu().numpy()
 
-    def _forward_backward(self, batch: Batch, loss: Loss) -> Computed:
-        self._start_dropout(batch)
+    def _forward_backward(self, batch: Batch, loss: Loss) -> Ready[Computed]:
         head, targets = self._loaded.head, self._tensor(batch.targets)
-        hidden = run_base(self._loaded, batch)[self._tensor(batch.sources)]
+        hidden = self._hidden(batch, drops=True)
         weight = head.weight
         if loss.weights is not None:
             slope = self._slope(-loss.weights, loss)
-            logprobs, by_hidden, by_weight = head.pull(hidden.detach(), targets, slope, weight)
-            found = logprobs.double().cpu().numpy()
-            result = loss.compute(found)
+            # Nothing on the way needs the numbers, so they are fetched when asked for and the device is not waited for.
+            logprobs, by_hidden, by_trained = head.pull(hidden.detach(), targets, slope, weight)
+            done = Ready(lambda: _computed(loss, logprobs))
         else:
             scored, _ = head.score(hidden.detach(), targets, with_hits=False)
             found = scored.double().cpu().numpy()
             result = loss.compute(found)
-            _, by_hidden, by_weight = head.pull(hidden.detach(), targets, self._slope(result.slope, loss), weight)
-        roots, slopes = [hidden], [by_hidden]
-        if by_weight is not None:
-            roots.append(weight)
-            slopes.append(by_weight.to(weight.dtype))
-        torch.autograd.backward([root for root in roots if root.requires_grad], slopes)
+            done = Ready(lambda: Computed(found, result.value, result.metrics))
+            _, by_hidden, by_trained = head.pull(hidden.detach(), targets, self._slope(result.slope, loss), weight)
+        slopes = {root: each.to(root.dtype) for root, each in by_trained.items()}
+        if hidden.requires_grad:
+            slopes[hidden] = by_hidden
+        torch.autograd.backward(list(slopes), list(slopes.values()))
         self._loaded.dropout.stop()
-        return Computed(found, result.value, result.metrics)
+        return done
 
-    def _one_by_one(self, batch: Batch, loss: Loss) -> Computed:
+    def _one_by_one(self, batch: Batch, loss: Loss) -> Ready[Computed]:
         """For models in which packed segments leak: each sequence alone, the loss over all of them."""
         parts = batch.alone()
         if loss.weights is None:
@@ -172,14 +180,22 @@ class TorchEngine:
         values = []
         for number, part in enumerate(parts):
             weights = -slope[int(ends[number]) : int(ends[number + 1])]
-            values.append(self._forward_backward(part, Loss(_weighted(weights), loss.scale, weights)).logprobs)
+            done = self._forward_backward(part, Loss(_weighted(weights), loss.scale, weights))
+            values.append(done.result().logprobs)
         logprobs = np.concatenate(values)
         result = loss.compute(logprobs)
-        return Computed(logprobs, result.value, result.metrics)
+        return Ready(lambda: Computed(logprobs, result.value, result.metrics))
 
     def _slope(self, slope: Floats, loss: Loss) -> Tensor:
         scaled = slope * (loss.scale * self._stepper.loss_scale)
         return torch.from_numpy(scaled).to(self._loaded.device, torch.float32)
+
+    def _hidden(self, batch: Batch, *, drops: bool = False) -> Tensor:
+        """Hidden states at the places that predict."""
+        rounded = batch.rounded(ROUNDED) if self._loaded.is_packed else batch
+        if drops:
+            self._start_dropout(rounded)
+        return run_base(self._loaded, rounded)[self._tensor(batch.sources)]
 
     def _start_dropout(self, batch: Batch) -> None:
         keys = mix(batch.keys.astype(np.uint64), batch.step).tolist()
@@ -236,7 +252,16 @@ class TorchEngine:
         )
 
     def _write_model(self, folder: Path) -> None:
-        self._loaded.model.save_pretrained(folder)
+        model, base = self._loaded.model, self._resolved.folder / GENERATION_FILE
+        # What the base asks of generation stays as its file has it: transformers refuses to write some that it reads.
+        asked, model.generation_config = model.generation_config, transformers.GenerationConfig()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            model.generation_config = asked
+        (folder / GENERATION_FILE).unlink(missing_ok=True)
+        if base.is_file():
+            shutil.copyfile(base, folder / GENERATION_FILE)
 
     def load(self, weights: Path, state: Path | None = None) -> None:
         """Go on from what was saved; without a state only the weights are taken."""
@@ -246,7 +271,8 @@ class TorchEngine:
         elif state is not None:
             found = load_file(str(state / MASTERS_FILE))
         else:
-            found = _read_weights(weights)
+            # Through transformers, which may keep weights under other names in files than in the model.
+            found = dict(read_model(weights, self._loaded.dtype, torch.device("cpu")).named_parameters())
         missing = sorted(set(masters) - set(found))
         if missing:
             raise CheckpointError(f"{weights}: has no `{missing[0]}`, which this run trains", where=str(weights))
@@ -258,11 +284,18 @@ class TorchEngine:
             self._stepper.load_state(load_file(str(state / STATE_FILE)))
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(str(path))
-    return found
+def _peak_of_this_process() -> int:
+    """Linux keeps it for the process alone; elsewhere what a parent held may count."""
+    with suppress(OSError, StopIteration), Path("/proc/self/status").open() as lines:
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _computed(loss: Loss, logprobs: Tensor) -> Computed:
+    found = logprobs.double().cpu().numpy()
+    result = loss.compute(found)
+    return Computed(found, result.value, result.metrics)
 
 
 def _taken(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

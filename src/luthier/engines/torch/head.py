@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+# Each length makes the processor's library compile its products anew, a millisecond and a megabyte each, so lengths
+# are rounded up.
+ROUNDED = 32
 _CHUNK_ELEMENTS = 1 << 25
 # Rows whose softmax is worked through at once: they stay in the processor's cache.
 _CACHE_ELEMENTS = 1 << 20
@@ -31,9 +34,11 @@ class Head:
         assert isinstance(weight, Tensor)
         return weight
 
+    @torch.no_grad()
     def score(self, hidden: Tensor, targets: Tensor, *, with_hits: bool) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities of the targets in fp32, and whether each was the likeliest token."""
-        weight = self.weight.detach()
+        weight, count = self.weight.detach(), len(hidden)
+        hidden, targets = _rounded(hidden), _rounded(targets)
         logprobs, hits = [], []
         for rows in self._chunks(len(hidden)):
             logits = self._logits(hidden[rows], weight).float()
@@ -42,18 +47,23 @@ class Head:
             logprobs.append(found if chosen.dim() == 2 else found[:, 0])
             if with_hits and chosen.dim() == 1:
                 hits.append(logits.argmax(1) == chosen)
-        return torch.cat(logprobs), torch.cat(hits) if hits else None
+        return torch.cat(logprobs)[:count], torch.cat(hits)[:count] if hits else None
 
+    @torch.no_grad()
     def pull(
         self, hidden: Tensor, targets: Tensor, slope: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probabilities, and the slopes by hidden states and (where trained) by the weight.
+    ) -> tuple[Tensor, Tensor, dict[Tensor, Tensor]]:
+        """Log-probabilities, the slopes by hidden states, and those by weight and bias where they are trained.
 
         `slope` is that of the loss by each log-probability; it must be known, so this is one pass for SFT and the
         second of two for losses that depend on the log-probabilities.
         """
+        count = len(hidden)
+        hidden, targets, slope = _rounded(hidden), _rounded(targets), _rounded(slope)
         by_hidden = torch.empty_like(hidden)
-        by_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        bias = getattr(self.module, "bias", None)
+        trained = [each for each in (weight, bias) if each is not None and each.requires_grad]
+        by_trained = {each: torch.zeros_like(each, dtype=torch.float32) for each in trained}
         fixed = weight.detach()
         logprobs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         for rows in self._chunks(len(hidden)):
@@ -64,9 +74,11 @@ class Head:
                 logprobs[part], pulled = self._pull_part(logits[inner], targets[part], slope[part])
                 by_logits[inner] = pulled
             by_hidden[rows] = by_logits @ fixed
-            if by_weight is not None:
-                by_weight += by_logits.T @ hidden[rows]
-        return logprobs, by_hidden, by_weight
+            if weight in by_trained:
+                by_trained[weight] += by_logits.T @ hidden[rows]
+            if bias in by_trained:
+                by_trained[bias] += by_logits.sum(0)
+        return logprobs[:count], by_hidden[:count], by_trained
 
     def _logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         logits = F.linear(hidden, weight, getattr(self.module, "bias", None))
@@ -92,7 +104,9 @@ class Head:
         return (found if targets.dim() == 2 else found[:, 0]), pulled
 
     def _chunks(self, count: int) -> Iterator[slice]:
-        size = max(64, min(4096, _CHUNK_ELEMENTS // self._width))
+        """Chunks of one size as far as that goes, so that their products are compiled once."""
+        most = max(64, min(4096, _CHUNK_ELEMENTS // self._width))
+        size = _round_up(-(-count // -(-count // most)))
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     def _parts(self, rows: slice, logits: Tensor) -> Iterator[slice]:
@@ -102,6 +116,16 @@ class Head:
     @property
     def _width(self) -> int:
         return int(getattr(self.module, "out_features", 0)) or int(self.weight.shape[0])
+
+
+def _round_up(count: int) -> int:
+    return max(1, -(-count // ROUNDED)) * ROUNDED
+
+
+def _rounded(rows: Tensor) -> Tensor:
+    """The rows and some of zeros, up to a round number."""
+    more = _round_up(len(rows)) - len(rows)
+    return torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])]) if more else rows
 
 
 def find_head(model: Any) -> Head:

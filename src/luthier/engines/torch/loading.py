@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from luthier.runs.resolve import ResolvedModel
 from luthier.spec.method import AdapterKeys, LoraMethod, QloraMethod
 from luthier.spec.plan import RunPlan
 from luthier.weights.peft import read_adapter
+from luthier.weights.tensors import is_named
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # How far two ways of one computation may part before it is a leak and not rounding, as a share of the largest logit.
@@ -45,6 +47,11 @@ class Loaded:
     """Names of the embedding table and of the head, where they are one."""
     dropout: Dropout = field(default_factory=lambda: Dropout(0.0, 0))
 
+    def can_pack(self, batch: Batch) -> bool:
+        """Whether the segments of a batch may be computed at once."""
+        longest = find_rope_limit(self.model.config.get_text_config(), "longrope")
+        return self.is_packed and (longest is None or len(batch.tokens) <= longest or batch.positions.max() < longest)
+
 
 def load_for_training(plan: RunPlan, resolved: ResolvedModel, home: Path) -> Loaded:
     """The model of a plan on its device, with what is trained and what is frozen decided."""
@@ -52,15 +59,12 @@ def load_for_training(plan: RunPlan, resolved: ResolvedModel, home: Path) -> Loa
     dtype, device = DTYPES[spec.compute.precision], torch.device(plan.device)
     model = read_model(resolved.folder, dtype, device)
     loaded = Loaded(model, find_head(model), device, dtype)
-    for ref in resolved.adapters:
-        if ref.quantised:
-            _quantise(loaded, QloraMethod(kind="qlora"), plan, resolved, home, kept=True)
-        _apply_adapter(model, ref.path)
+    _apply_adapters(model, resolved, home)
     loaded.is_packed = holds_when_packed(loaded)
     method = spec.method
     if isinstance(method, AdapterKeys):
         if isinstance(method, QloraMethod):
-            _quantise(loaded, method, plan, resolved, home, kept=plan.keeps_dequantised)
+            _quantise(model, method.double_quant, resolved, home, kept=plan.keeps_dequantised)
         _adapt(loaded, method, spec.seed)
     else:
         model.requires_grad_(True)
@@ -69,34 +73,73 @@ def load_for_training(plan: RunPlan, resolved: ResolvedModel, home: Path) -> Loa
     return loaded
 
 
+def load_for_sampling(resolved: ResolvedModel, home: Path, *, precision: str, device: str) -> Loaded:
+    """A model to be measured as it stands, adapters added to its weights."""
+    model = read_model(resolved.folder, DTYPES[precision], torch.device(device))
+    loaded = Loaded(model, find_head(model), torch.device(device), DTYPES[precision])
+    _apply_adapters(model, resolved, home)
+    _prepare_modules(loaded, recompute=False)
+    return loaded
+
+
 def read_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """transformers' model with our attention, from safetensors alone and without any code of the model's own."""
     os.environ.setdefault("USE_HUB_KERNELS", "0")
-    from transformers import AutoModelForCausalLM
+    import_module("transformers.modeling_utils")  # waits, where another thread is importing it in advance
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     attention.register()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
+    try:
+        read = _from_pretrained(folder, dtype, attention.NAME)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{folder}: transformers cannot load this model: {said}",
+            hint="`luthier doctor` shows its version; the folder needs config.json and .safetensors files",
+        ) from None
+    model, found = read
+    # What the files lack, transformers would draw at random.
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(f"{folder}: {missing[0]} and {len(missing) - 1} more weights are in none of its files")
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+        raise UnsupportedError(f"{folder}: this model attends in chunks, which packed attention does not have")
+    return model.to(device)
+
+
+def _from_pretrained(folder: Path, dtype: torch.dtype, attends: str | None) -> Any:
+    """The model, and what was found of its weights."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
+                output_loading_info=True,
                 dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
-                attn_implementation=attention.NAME,
+                attn_implementation=attends,
             )
-        except (OSError, ValueError, KeyError) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(
-                f"{folder}: transformers cannot load this model: {said}",
-                hint="`luthier doctor` shows its version; the folder needs config.json and .safetensors files",
-            ) from None
-    model.config.use_cache = False
-    return model.to(device)
+    except KeyError as error:
+        if error.args != (attention.NAME,):
+            raise
+        return _from_pretrained(folder, dtype, None)
+    # Older models know no attention but their own, and would go without a mask under the name of another.
+    takes_ours = attends is None or read[0]._can_set_attn_implementation()
+    return read if takes_ours else _from_pretrained(folder, dtype, None)
+
+
+def _apply_adapters(model: Any, resolved: ResolvedModel, home: Path) -> None:
+    """Add adapters to the weights in order, each to the values it was trained over: those of NF4 for a QLoRA run."""
+    for number, ref in enumerate(resolved.adapters):
+        if ref.quantised:
+            below = replace(resolved, adapters=resolved.adapters[:number])
+            _quantise(model, ref.double_quant, below, home, kept=True)
+        _apply_adapter(model, ref.path)
 
 
 def _apply_adapter(model: Any, folder: Path) -> None:
@@ -117,17 +160,16 @@ def _apply_adapter(model: Any, folder: Path) -> None:
                 parameters[key].copy_(torch.from_numpy(value))
 
 
-def _quantise(
-    loaded: Loaded, method: QloraMethod, plan: RunPlan, resolved: ResolvedModel, home: Path, *, kept: bool
-) -> None:
-    every = find_targets(loaded.model, LoraMethod(kind="lora"))
-    layers = {name: loaded.model.get_submodule(name) for name in every}
+def _quantise(model: Any, double: bool, resolved: ResolvedModel, home: Path, *, kept: bool) -> None:
+    every = find_targets(model, LoraMethod(kind="lora"))
+    layers = {name: model.get_submodule(name) for name in every}
     key = "|".join([base_hash(resolved.folder), *(base_hash(ref.path) for ref in resolved.adapters)])
-    quantise_model(loaded.model, layers, double=method.double_quant, keep_dequantised=kept, home=home, base_key=key)
+    quantise_model(model, layers, double=double, keep_dequantised=kept, home=home, base_key=key)
 
 
 def _adapt(loaded: Loaded, method: AdapterKeys, seed: int) -> None:
     loaded.adapters = adapt(loaded.model, method, seed)
+    loaded.head = find_head(loaded.model)  # which may be one of the layers that were adapted
     layers = list(lora_layers(loaded.model))
     if layers:
         loaded.dropout = layers[0].dropout
@@ -146,10 +188,15 @@ def _find_twins(model: Any) -> tuple[str, ...]:
 
 
 def _also_train(model: Any, wanted: str) -> dict[str, nn.Parameter]:
+    modules = {path: module for path, module in model.named_modules() if is_named(path, wanted)}
+    if any(isinstance(module, LoraLinear) for module in modules.values()):
+        raise UnsupportedError(
+            f"method.also_train: `{wanted}` has an adapter already, and cannot be trained whole as well",
+            hint="leave it out of method.targets, or out of method.also_train",
+        )
     found = {
         f"{path}.{name}": parameter
-        for path, module in model.named_modules()
-        if path == wanted or path.endswith(f".{wanted}")
+        for path, module in modules.items()
         for name, parameter in module.named_parameters(recurse=False)
     }
     if not found:
@@ -167,7 +214,7 @@ def _prepare_modules(loaded: Loaded, *, recompute: bool) -> None:
     for module in loaded.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
+        if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     loaded.model.eval()
     if recompute:
@@ -190,37 +237,76 @@ def _recompute(model: Any) -> None:
 def run_base(loaded: Loaded, batch: Batch) -> Tensor:
     """Hidden states after the last layer for every token of a batch: (tokens, width)."""
     device = loaded.device
-    arguments: dict[str, Any] = {attention.LAYOUT: attention.lay_out(batch, device)}
-    output = loaded.model.get_decoder()(
-        input_ids=torch.from_numpy(batch.tokens).to(device)[None],
-        position_ids=torch.from_numpy(batch.positions).to(device)[None],
-        use_cache=False,
-        **arguments,
+    limit = find_rope_limit(loaded.model.config.get_text_config(), "dynamic")
+    if limit is not None and batch.positions.max() >= limit:
+        raise UnsupportedError(
+            f"this model stretches its positions beyond {limit:,} tokens by the longest sequence it has seen so far",
+            hint=f"set data.max_length = {limit}",
+        )
+    arguments: dict[str, Any] = {}
+    if loaded.is_packed:  # else there is one segment, and its positions are those that a model assumes
+        arguments[attention.LAYOUT] = attention.lay_out(batch, device)
+        arguments["position_ids"] = torch.from_numpy(batch.positions).to(device)[None]
+    output = _find_decoder(loaded.model)(
+        input_ids=torch.from_numpy(batch.tokens).to(device)[None], use_cache=False, **arguments
     )
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
+
+
+def find_rope_limit(config: Any, kind: str) -> int | None:
+    """Tokens beyond which a model stretches its positions, for a whole batch as its longest sequence asks."""
+    table = getattr(config, "rope_parameters", None) or {}
+    tables = [table, *(each for each in table.values() if isinstance(each, dict))]
+    given = [each.get("original_max_position_embeddings") for each in tables if each.get("rope_type") == kind]
+    return min((int(each or config.max_position_embeddings) for each in given), default=None)
+
+
+def _find_decoder(model: Any) -> Any:
+    """All of a model but its head; some models call something else so, or themselves."""
+    decoder = model.get_decoder()
+    return model.model if decoder is model or isinstance(decoder, nn.Linear) else decoder
 
 
 @torch.no_grad()
 def holds_when_packed(loaded: Loaded) -> bool:
     """Whether two short segments in one forward give what each gives alone; and our head gives the model's own logits.
 
-    Some hybrid models carry state from one segment to the next without a word. The reference is the model's own
-    forward with its own attention.
+    Some hybrid models carry state from one segment to the next without a word, and some older ones take no attention
+    but their own, which they keep. The reference is the model's own forward with its own attention.
     """
     count = min(512, int(loaded.head.weight.shape[0]))
     tokens = (np.arange(22) * 37 + 11) % count
-    batch = _probe_batch(tokens, [(0, 9), (9, 22)])
+    batch, single = _probe_batch(tokens, [(0, 9), (9, 22)]), _probe_batch(tokens[:9], [(0, 9)])
     alone = [_own_logits(loaded, tokens[start:stop]) for start, stop in ((0, 9), (9, 22))]
     largest = max(float(logits.abs().max()) for logits in alone)
     allowed = _TOLERANCE[loaded.dtype] * max(largest, 1.0)
-    single = _probe_batch(tokens[:9], [(0, 9)])
+    loaded.is_packed = _takes_our_attention(loaded, single)
+    if not loaded.is_packed:
+        loaded.model.set_attn_implementation(_name_own(loaded.model))
     if not _differ(_our_logits(loaded, single), alone[0]) <= allowed:
         raise ModelError(
             "this model gives other logits through packed attention than through its own",
             hint='report its architecture, and use engine.kind = "trl" for it meanwhile',
         )
-    return _differ(_our_logits(loaded, batch), torch.cat(alone)) <= allowed
+    return loaded.is_packed and _differ(_our_logits(loaded, batch), torch.cat(alone)) <= allowed
+
+
+def _takes_our_attention(loaded: Loaded, batch: Batch) -> bool:
+    calls = []
+
+    def counted(*arguments: Any, **named: Any) -> tuple[Tensor, None]:
+        calls.append(arguments[0])
+        return attention.packed_attention(*arguments, **named)
+
+    attention.register(counted)
+    try:
+        run_base(loaded, batch)
+    except (TypeError, AttributeError):  # the layout, the positions or the mask that is not there, where not known
+        return False
+    finally:
+        attention.register()
+    return bool(calls)
 
 
 def _probe_batch(tokens: Any, segments: list[tuple[int, int]]) -> Batch:
@@ -250,8 +336,14 @@ class own_attention:  # noqa: N801 (read as a statement: with own_attention(mode
         self._model = model
 
     def __enter__(self) -> None:
-        name = "sdpa" if getattr(self._model, "_supports_sdpa", False) else "eager"
-        self._model.set_attn_implementation(name)
+        self._before = self._model.config._attn_implementation
+        self._model.set_attn_implementation(_name_own(self._model))
 
     def __exit__(self, *_: object) -> None:
-        self._model.set_attn_implementation(attention.NAME)
+        self._model.set_attn_implementation(self._before)
+
+
+def _name_own(model: Any) -> str:
+    # Some versions of transformers say that `sdpa` will do where it leaves soft-capping out.
+    is_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "sdpa" if getattr(model, "_supports_sdpa", False) and not is_capped else "eager"

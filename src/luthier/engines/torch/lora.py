@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -15,8 +16,13 @@ from torch import Tensor, nn
 from luthier.data.hashes import mix
 from luthier.errors import UnsupportedError
 from luthier.spec.method import AdapterKeys
+from luthier.weights.tensors import is_adaptable, is_in_last_layers, is_named, is_of_experts, layer_number
 
 _FLOAT = torch.float32
+# Words of random numbers set aside for each token: eight inputs a word, for up to a million inputs.
+_TOKEN_STRIDE = 1 << 17
+
+Numbers = npt.NDArray[Any]
 
 
 @dataclass
@@ -25,36 +31,32 @@ class Dropout:
 
     share: float
     seed: int
-    rows: list[tuple[int, int]] = field(default_factory=list)
-    is_on: bool = False
+    _starts: Numbers | None = None
+    """Where the random numbers of each token of the batch begin; None while nothing is dropped."""
 
     def start(self, rows: list[tuple[int, int]]) -> None:
         """Drop in the passes that follow; `rows` are (key of the row and step, tokens) in the order of the batch."""
-        self.rows, self.is_on = rows, self.share > 0
+        if self.share > 0:
+            keys = mix(np.array([key for key, _ in rows], np.uint64), self.seed)
+            lengths = [tokens for _, tokens in rows]
+            places = np.concatenate([np.arange(tokens, dtype=np.uint64) for tokens in lengths])
+            starts: Numbers = np.repeat(keys, lengths) + places * np.uint64(_TOKEN_STRIDE)
+            self._starts = starts
 
     def stop(self) -> None:
         """Drop nothing, as in evaluation and sampling."""
-        self.is_on = False
+        self._starts = None
 
-    def mask(self, site: int, width: int, device: torch.device) -> Tensor | None:
-        """One byte an input: 1 where it stays."""
-        if not self.is_on:
+    def mask(self, site: int, like: Tensor) -> Tensor | None:
+        """What each input is multiplied by: 0, or what makes up for those left out."""
+        if self._starts is None:
             return None
-        # Bytes cost a quarter of floats to draw; the share is rounded to 1/256 and `keep` says to what.
-        limit = round(self.share * 256)
-        drawn = np.concatenate([_bytes(self.seed, key, site, tokens * width) for key, tokens in self.rows])
-        return torch.from_numpy((drawn >= limit).view(np.uint8)).view(-1, width).to(device)
-
-    @property
-    def keep(self) -> float:
-        """The share that stays."""
-        return 1 - round(self.share * 256) / 256
-
-
-def _bytes(seed: int, key: int, site: int, count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    start = int(mix(np.array([key], np.uint64), seed * 1_000_003 + site)[0])
-    words = np.random.SFC64(start).random_raw(-(-count // 8))
-    return words.view(np.uint8)[:count]
+        width = like.shape[-1]
+        words: Numbers = self._starts[:, None] + np.arange(-(-width // 8), dtype=np.uint64)
+        # A byte is enough to tell whether an input stays: the share is rounded to 1/256, and made up for exactly.
+        drawn = torch.from_numpy(mix(words, site).view(np.uint8)[:, :width]).to(like.device)
+        limit = min(255, round(self.share * 256))
+        return drawn.ge(limit).to(like.dtype).mul_(256 / (256 - limit))
 
 
 class FrozenLinear(nn.Module):
@@ -68,6 +70,11 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = _FrozenProduct.apply(x, self.base_weight, self.bias)
         return result
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, for models that do not only call the layer."""
+        return self.base_weight()
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -106,10 +113,14 @@ class LoraLinear(nn.Module):
             self.lora_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = self.dropout.mask(self.site, self.in_features, x.device)
-        frozen = _Frozen(self.base_weight, self.bias, self.scale, mask, self.dropout.keep)
+        frozen = _Frozen(self.base_weight, self.bias, self.scale, self.dropout.mask(self.site, x))
         result: Tensor = _LoraProduct.apply(x, self.lora_A, self.lora_B, frozen)
         return result
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with its update, for models that do not only call the layer."""
+        return self.whole_weight()
 
     def whole_weight(self) -> Tensor:
         """The weight with its update, for the few places that need it whole."""
@@ -136,11 +147,10 @@ class _Frozen:
     bias: Tensor | None
     scale: float
     mask: Tensor | None
-    keep: float
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input with what dropout leaves out."""
-        return x if self.mask is None else (x * self.mask).div_(self.keep)
+        return x if self.mask is None else x * self.mask
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -149,12 +159,13 @@ class _LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, frozen: _Frozen) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        result = F.linear(flat, frozen.weight(), frozen.bias)
+        # In the shape of the input, since a view of it could not be changed in place as some models do.
+        result = F.linear(x, frozen.weight(), frozen.bias)
         inner = frozen.dropped(flat) @ a.to(x.dtype).T
-        result.addmm_(inner, b.to(x.dtype).T, alpha=frozen.scale)
+        result.view(len(flat), -1).addmm_(inner, b.to(x.dtype).T, alpha=frozen.scale)
         ctx.save_for_backward(flat, a, b, inner)
         ctx.frozen, ctx.shape = frozen, x.shape
-        return result.view(*x.shape[:-1], -1)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
@@ -170,19 +181,25 @@ class _LoraProduct(torch.autograd.Function):
             if frozen.mask is None:
                 slope_x.addmm_(through, a.to(slope.dtype))
             else:
-                slope_x += (through @ a.to(slope.dtype)).mul_(frozen.mask).div_(frozen.keep)
+                slope_x += (through @ a.to(slope.dtype)).mul_(frozen.mask)
             slope_x = slope_x.view(ctx.shape)
         return slope_x, slope_a, slope_b, None
 
 
-def find_targets(model: nn.Module, method: AdapterKeys) -> list[str]:
+def find_targets(model: Any, method: AdapterKeys) -> list[str]:
     """Full names of the linear layers that the method adapts; each name asked for must be found, and be linear."""
     wanted = method.targets
-    chosen = [name for name, module in model.named_modules() if _is_target(name, module, wanted)]
-    if method.last_layers is not None:
-        chosen = _of_last_layers(chosen, method.last_layers)
-    for name in [] if wanted == "auto" else wanted:
-        if not any(_matches(found, name) for found in chosen):
+    has_experts = any(is_of_experts(name) for name, _ in model.named_parameters())
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | FrozenLinear)]
+    known = [name for name in linears if is_adaptable(name, has_experts=has_experts)]
+    if isinstance(wanted, list):
+        # A head can be named, though `auto` leaves it out.
+        known += [name for name in linears if layer_number(name) is None]
+        known = [name for name in known if any(is_named(name, target) for target in wanted)]
+    layers = 1 + max((layer_number(name) or 0 for name, _ in model.get_decoder().named_modules()), default=0)
+    chosen = [name for name in known if is_in_last_layers(name, method.last_layers, layers)]
+    for name in wanted if isinstance(wanted, list) else []:
+        if not any(is_named(found, name) for found in known):
             raise _not_linear(model, name)
     if not chosen:
         raise UnsupportedError(
@@ -192,33 +209,9 @@ def find_targets(model: nn.Module, method: AdapterKeys) -> list[str]:
     return chosen
 
 
-def _is_target(name: str, module: nn.Module, wanted: object) -> bool:
-    if not isinstance(module, nn.Linear | FrozenLinear):
-        return False
-    if isinstance(wanted, list):
-        return any(_matches(name, target) for target in wanted)
-    return _layer_number(name) is not None
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _layer_number(name: str) -> int | None:
-    """The number in a name such as `model.layers.3.mlp.up_proj`: the head and embeddings have none."""
-    numbers = [part for part in name.split(".") if part.isdigit()]
-    return int(numbers[0]) if numbers else None
-
-
-def _of_last_layers(names: list[str], count: int) -> list[str]:
-    numbers = {number for name in names if (number := _layer_number(name)) is not None}
-    kept = set(sorted(numbers)[-count:])
-    return [name for name in names if (number := _layer_number(name)) is None or number in kept]
-
-
 def _not_linear(model: nn.Module, name: str) -> UnsupportedError:
-    found = [type(module).__name__ for path, module in model.named_modules() if _matches(path, name)]
-    found += ["a parameter of its own" for path, _ in model.named_parameters() if _matches(path, name)]
+    found = [type(module).__name__ for path, module in model.named_modules() if is_named(path, name)]
+    found += ["a parameter of its own" for path, _ in model.named_parameters() if is_named(path, name)]
     what = f"is {found[0]}, not a linear layer" if found else "is no layer of this model"
     return UnsupportedError(
         f"method.targets: `{name}` {what}",
@@ -226,7 +219,7 @@ def _not_linear(model: nn.Module, name: str) -> UnsupportedError:
     )
 
 
-def adapt(model: nn.Module, method: AdapterKeys, seed: int) -> dict[str, LoraLinear]:
+def adapt(model: Any, method: AdapterKeys, seed: int) -> dict[str, LoraLinear]:
     """Put LoRA layers in the place of the targets; everything else is frozen."""
     model.requires_grad_(False)
     scale = method.alpha / (math.sqrt(method.rank) if method.rslora else method.rank)

@@ -3,35 +3,133 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from luthier.engines.torch.loading import own_attention
-from luthier.engines.verbs import SampleParams
+from luthier.data.pack import lay_out_step
+from luthier.engines.torch.loading import Loaded, holds_when_packed, load_for_sampling, own_attention, run_base
+from luthier.engines.verbs import Batch, SampleParams, Tick
+from luthier.machine import find_machine
+from luthier.runs.resolve import ResolvedModel
 
-_AT_ONCE = 32
+_PROMPTS_AT_ONCE = 256
+_TOKENS_AT_ONCE = 32_768
+_SCORED_AT_ONCE = 4096
+_SMALL_PARAMETERS = 20_000_000
+
+
+def build_sampler(resolved: ResolvedModel, home: Path) -> TorchSampler:
+    """A model loaded to answer with, in the format this machine computes best in."""
+    machine = find_machine()
+    return TorchSampler(load_for_sampling(resolved, home, precision=machine.precision, device=machine.device))
+
+
+class TorchSampler:
+    """A loaded model that is asked and measured."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], params: SampleParams, tick: Tick | None = None
+    ) -> list[list[int]]:
+        """Tokens that follow each prompt."""
+        return sample_tokens(self._loaded.model, prompts, params, tick)
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """The log-probability of each sequence behind its first token, packed where the model allows it."""
+        budget = _SCORED_AT_ONCE if holds_when_packed(self._loaded) else 1
+        found = dict[int, float]()
+        for chosen in lay_out_step([len(sequence) for sequence in sequences], budget):
+            batch = _batch_of([sequences[number] for number in chosen])
+            hidden = run_base(self._loaded, batch)[torch.from_numpy(batch.sources).to(self._loaded.device)]
+            targets = torch.from_numpy(batch.targets).to(self._loaded.device)
+            logprobs = self._loaded.head.score(hidden, targets, with_hits=False)[0].double().cpu().numpy()
+            found |= dict(zip(chosen, np.add.reduceat(logprobs, batch.offsets[:-1]).tolist(), strict=True))
+        return [found[number] for number in range(len(sequences))]
+
+
+def _batch_of(sequences: Sequence[Sequence[int]]) -> Batch:
+    """Sequences in which every token but the first is asked for."""
+    ends = np.cumsum([0, *(len(sequence) for sequence in sequences)])
+    tokens = np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences])
+    segments = np.stack([ends[:-1], ends[1:]], 1)
+    is_first = np.isin(np.arange(len(tokens)), ends[:-1])
+    places = np.flatnonzero(~is_first)
+    offsets = ends - np.arange(len(ends))
+    return Batch(
+        tokens,
+        segments,
+        np.zeros_like(segments),
+        places - 1,
+        tokens[places],
+        offsets,
+        np.zeros(len(sequences), np.int64),
+    )
 
 
 @torch.no_grad()
-def sample_tokens(model: Any, prompts: Sequence[Sequence[int]], params: SampleParams) -> list[list[int]]:
+def sample_tokens(
+    model: Any, prompts: Sequence[Sequence[int]], params: SampleParams, tick: Tick | None = None
+) -> list[list[int]]:
     """What follows each prompt, up to and without the first stop token."""
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     found: dict[int, list[int]] = {}
     was_training = model.training
     model.eval()
     try:
-        with own_attention(model), warnings.catch_warnings(), torch.random.fork_rng():
-            warnings.simplefilter("ignore")
+        with own_attention(model), _plain_generation(model), torch.random.fork_rng():
             torch.manual_seed(params.seed)
-            for start in range(0, len(order), _AT_ONCE):
-                chosen = order[start : start + _AT_ONCE]
+            # A state that goes from token to token takes in the padding, unless the model sees to that itself.
+            can_pad = not getattr(model, "_is_stateful", False)
+            for chosen in _groups(prompts, params.max_tokens, can_pad=can_pad):
                 drawn = _generate(model, [list(prompts[number]) for number in chosen], params)
                 found |= dict(zip(chosen, drawn, strict=True))
+                if tick:
+                    tick(len(found), len(prompts))
     finally:
         model.train(was_training)
     return [found[number] for number in range(len(prompts))]
+
+
+def _groups(prompts: Sequence[Sequence[int]], max_tokens: int, *, can_pad: bool = True) -> Iterator[list[int]]:
+    """Prompts of about one length together, as many as their keys and values leave room for; the longest first."""
+    chosen: list[int] = []
+    for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
+        longest = len(prompts[chosen[0]]) if chosen else 0
+        is_full = len(chosen) >= _PROMPTS_AT_ONCE or (len(chosen) + 1) * (longest + max_tokens) > _TOKENS_AT_ONCE
+        if chosen and (is_full or not (can_pad or len(prompts[number]) == longest)):
+            yield chosen
+            chosen = []
+        chosen.append(number)
+    if chosen:
+        yield chosen
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Tokens as the model rates them: what its own folder asks of generation (penalties, a temperature) is left out.
+
+    A small model computes with one thread, since more would wait for each other longer than they work.
+    """
+    from transformers import GenerationConfig
+
+    config, threads = model.generation_config, torch.get_num_threads()
+    model.generation_config = GenerationConfig()
+    if model.device.type == "cpu" and model.num_parameters() < _SMALL_PARAMETERS:
+        torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        model.generation_config = config
+        torch.set_num_threads(threads)
 
 
 def _generate(model: Any, prompts: list[list[int]], params: SampleParams) -> list[list[int]]:

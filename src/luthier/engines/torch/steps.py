@@ -71,7 +71,10 @@ def build_optimizer(kind: str, masters: Iterable[nn.Parameter]) -> torch.optim.O
     """The optimizer of a name; rates and decay are set at each step."""
     weights = list(masters)
     if kind == "adafactor":
-        return torch.optim.Adafactor(weights)
+        from transformers.optimization import Adafactor
+
+        # That of torch takes a rate as a share of each weight's size, which a LoRA's zeros would never leave.
+        return Adafactor(weights, lr=1e-3, scale_parameter=False, relative_step=False)
     if kind == "adamw_8bit":
         return AdamW8bit(weights)
     build = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
@@ -149,5 +152,6 @@ class Stepper:
         for key, value in tensors.items():
             part, _, name = key.partition("/")
             master = by_name[name]
-            is_count = part == "step"
+            # A fused step wants its count on the device, the others on the CPU.
+            is_count = part == "step" and not self.optimizer.defaults.get("fused")
             self.optimizer.state[master][part] = value.clone() if is_count else value.to(master.device, copy=True)

@@ -15,6 +15,7 @@ from tests.unit.engines.conftest import Shaped
 from tests.unit.engines.tiny import (
     EXPERTS,
     HYBRIDS,
+    OLDER,
     SHAPES,
     VOCAB,
     WINDOW,
@@ -57,13 +58,13 @@ def packed(sequences: list[np.ndarray]) -> Batch:
     )
 
 
-@pytest.mark.parametrize("kind", [*SHAPES, *EXPERTS, *HYBRIDS])
+@pytest.mark.parametrize("kind", [*SHAPES, *EXPERTS, *HYBRIDS, *OLDER])
 def test_packed_is_plain_transformers_unpacked_and_padded(kind: str, shaped: Shaped, own_home: Path) -> None:
     engine = build_engine(shaped(kind), own_home)
-    assert engine.facts.is_packed is (kind not in HYBRIDS)
+    assert engine.facts.is_packed is (kind in {**SHAPES, **EXPERTS})
     sequences = [item.sequences[0] for item in draw_items(*LENGTHS)]
     found = engine.forward(packed(sequences)).result().logprobs
-    attentions = ["eager"] if kind == "gemma2" else ["eager", "sdpa"]
+    attentions = ["eager"] if kind == "gemma2" or kind in OLDER else ["eager", "sdpa"]
     for attention in attentions:
         model = load_plain(shaped(kind), attention=attention)
         with torch.no_grad():
@@ -76,7 +77,7 @@ def test_packed_is_plain_transformers_unpacked_and_padded(kind: str, shaped: Sha
         assert_near(found, torch.cat([padded[row, :length] for row, length in enumerate(LENGTHS)]))
 
 
-@pytest.mark.parametrize("kind", [*SHAPES, *EXPERTS, *HYBRIDS])
+@pytest.mark.parametrize("kind", [*SHAPES, *EXPERTS, *HYBRIDS, *OLDER, "phi"])
 def test_loss_and_every_gradient_are_those_of_plain_transformers(kind: str, shaped: Shaped, own_home: Path) -> None:
     engine = build_engine(shaped(kind), own_home, make_plan("full"))
     items = draw_items(*LENGTHS)
@@ -165,4 +166,39 @@ def test_positions_restart_in_each_segment_and_go_on_after_a_prefix() -> None:
     batch = build_batch(draw_items(4, (3, 2, 4)))
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 3, 4, 5, 6]
     assert [each.positions.tolist() for each in batch.alone()] == [[*range(4)], [*range(5)], [*range(7)]]
-    assert VOCAB > batch.tokens.max()
+    assert batch.tokens.max() < VOCAB
+
+
+LONG, STRETCHED = 40, {"rope_theta": 10000.0, "original_max_position_embeddings": 40}
+STRETCHES = {
+    "longrope": ("phi3", {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}),
+    "dynamic": ("llama", {"factor": 4.0}),
+}
+
+
+def stretching(shaped: Shaped, name: str) -> Path:
+    """A model whose positions are stretched beyond so many tokens."""
+    kind, table = STRETCHES[name]
+    more = {"original_max_position_embeddings": LONG} if name == "longrope" else {"max_position_embeddings": LONG}
+    return shaped(kind, rope_parameters={"rope_type": name, **STRETCHED, **table}, sliding_window=None, **more)
+
+
+def test_a_long_sequence_does_not_stretch_the_positions_of_others(shaped: Shaped, own_home: Path) -> None:
+    folder = stretching(shaped, "longrope")
+    engine = build_engine(folder, own_home)
+    assert engine.facts.is_packed
+    sequences = [item.sequences[0] for item in draw_items(47, 9, LONG, LONG + 1)]
+    model = load_plain(folder)
+    with torch.no_grad():
+        alone = torch.cat([plain_logits(model, sequence).log_softmax(-1) for sequence in sequences])
+    assert_near(engine.forward(packed(sequences)).result().logprobs, alone)
+    computed = engine.forward_backward(*imitation(draw_items(47, 9))).result()
+    apart = [engine.forward_backward(*imitation([item])).result().logprobs for item in draw_items(47, 9)]
+    assert_near(computed.logprobs, np.concatenate(apart))
+
+
+def test_positions_that_depend_on_what_was_seen_before_are_refused(shaped: Shaped, own_home: Path) -> None:
+    engine = build_engine(stretching(shaped, "dynamic"), own_home)
+    engine.forward(every_place(np.arange(3, 3 + LONG))).result()
+    with pytest.raises(UnsupportedError, match="longest sequence"):
+        engine.forward(every_place(np.arange(3, 4 + LONG)))
