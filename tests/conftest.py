@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.certifying import certify_here
+
 settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True)
 settings.register_profile(
     "thorough",
@@ -34,6 +36,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect_here)
+
+
+@pytest.fixture(autouse=True)
+def certified_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates are made in this process; that another one finds the same has tests of its own."""
+    monkeypatch.setattr("luthier.adapters.verify.certify_in_fresh_process", certify_here)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@
     |   |-- RunLockedError      another process trains the run
     |   `-- CheckpointError     a checkpoint is not what its manifest says
     |-- HubError           the model hub refused, or could not be reached
+    |-- JudgeError         the model that judges answers refused, or could not be reached
     |-- StorageError       the disk refused
     |   `-- DiskFullError       there is no room left
     |-- TrainingError      training cannot go on
@@ -139,6 +140,12 @@ class HubError(LuthierError, ConnectionError):
     """The model hub refused what was asked of it, or could not be reached."""
 
     code = "hub_refused"
+
+
+class JudgeError(LuthierError, ConnectionError):
+    """The endpoint of a judging model could not be reached, refused, or answered something else than a judgement."""
+
+    code = "judge_failed"
 
 
 class StorageError(LuthierError, OSError):

@@ -12,18 +12,21 @@ from luthier.data.prepared import Prepared
 from luthier.data.reasons import list_counts
 from luthier.data.rows import ReadOptions
 from luthier.data.source import Source, open_source
-from luthier.errors import CallError, DataError, DiskFullError
+from luthier.errors import DataError, DiskFullError
 from luthier.runs.home import luthier_home
-from luthier.runs.resolve import ResolvedModel, find_resolved, find_run, resolve_model, resolve_start
+from luthier.runs.resolve import ResolvedModel, find_resolved, resolve_model, resolve_start
 from luthier.runs.run import Run, create_run
 from luthier.spec.data import Data
 from luthier.spec.plan import RunPlan
 from luthier.spec.run import RunSpec
 
 if TYPE_CHECKING:
+    from luthier.adapters.certificate import Certificate
     from luthier.evals.exact_match import ExactMatch
     from luthier.evals.heldout import Place
     from luthier.evals.perplexity import Perplexity
+    from luthier.reports.verdict import Verdict
+    from luthier.reports.write import ReportPaths
     from luthier.training.passes import Watch
     from luthier.training.session import Trained
     from luthier.training.signals import StopFlag
@@ -118,13 +121,33 @@ def train_run(
         trained = train(work, resume=resume, allow_changed=allow_changed)
         if trained.final is None:
             return trained
-        merged = merge_run(run, ready.resolved, watch=watch, stop=stop) if needs_merge(run) else None
-        return replace(trained, merged=merged)
+        return replace(trained, merged=complete_run(run, watch=watch, stop=stop))
+
+
+def complete_run(run: Run, *, watch: Watch, stop: StopFlag) -> Path | None:
+    """What comes after training: the adapter merged where the spec asks for it, and the result certified.
+
+    Returns the merged model that this made. What could not be certified is warned of: nothing trained is lost by it.
+    """
+    from luthier.adapters.certificate import is_certified_whole
+    from luthier.errors import ProofError
+
+    merged = merge_run(run, watch=watch, stop=stop) if needs_merge(run) else None
+    if not stop and not is_certified_whole(run):
+        try:
+            certify_run(run, watch=watch, stop=stop)
+        except ProofError as error:
+            from luthier.runs import events
+
+            watch(events.Warned(error.code, error.message))
+    return merged
 
 
 def is_complete(run: Run) -> bool:
-    """Whether nothing is left to do of a run: trained, and its adapter merged where that was asked."""
-    return run.state == "finished" and not needs_merge(run)
+    """Whether nothing is left to do of a run: trained, its adapter merged where that was asked, and certified."""
+    from luthier.adapters.certificate import is_certified_whole
+
+    return run.state == "finished" and not needs_merge(run) and is_certified_whole(run)
 
 
 def needs_merge(run: Run) -> bool:
@@ -139,26 +162,51 @@ def reopen(run: Run) -> Ready:
     return make_ready(run.spec, prepare_data(run.spec))
 
 
-def merge_run(run: Run, resolved: ResolvedModel, *, watch: Watch, stop: StopFlag) -> Path | None:
-    """The final adapter merged into its base, in the run folder; None when asked to stop on the way."""
-    from luthier.adapters.merge import Stopped, merge_adapter
-    from luthier.runs import events
-    from luthier.runs.layout import MERGED_MODEL
+def merge_run(run: Run, *, watch: Watch, stop: StopFlag) -> Path | None:
+    """The final adapter merged into its base, in the run folder; None when asked to stop on the way.
 
-    final, out = run.final_weights, run.folder / MERGED_MODEL
-    assert final is not None
+    Adapter and merged model are certified together before the model appears.
+    """
+    from luthier.adapters.merge import Stopped
+    from luthier.adapters.verify import MergeOptions
+    from luthier.adapters.verify import merge_run as merge
+    from luthier.runs import events
+
     watch(events.Working("merging the adapter into its base", 0, 1))
     try:
-        merge_adapter(
-            resolved.folder, [*(each.path for each in resolved.adapters), final], out, should_stop=lambda: bool(stop)
-        )
+        merged = merge(run, None, MergeOptions(certified=lambda _: None, should_stop=lambda: bool(stop)))
     except Stopped:
         return None
     except DiskFullError as error:
         error.hint = f"the adapter is final; free some space, then: luthier resume {run.folder}"
         raise
     watch(events.Working("merging the adapter into its base", 1, 1))
-    return out
+    return merged.folder
+
+
+def certify_run(run: Run, *, watch: Watch, stop: StopFlag) -> Certificate | None:
+    """The certificate of the run's result, valid or not; None when asked to stop on the way."""
+    from luthier.adapters.merge import Stopped
+    from luthier.adapters.verify import verify_run
+    from luthier.runs import events
+
+    watch(events.Working("making the certificate in a fresh process", 0, 1))
+    try:
+        certificate = verify_run(run, should_stop=lambda: bool(stop))
+    except Stopped:
+        return None
+    watch(events.Working("making the certificate in a fresh process", 1, 1))
+    return certificate
+
+
+def write_report(run: Run) -> tuple[ReportPaths, Verdict]:
+    """The report of a run in its own folder, and what it says in one sentence."""
+    from luthier.reports.model import read_report
+    from luthier.reports.verdict import find_verdict
+    from luthier.reports.write import write_reports
+
+    report = read_report(run)
+    return write_reports([report], run.folder), find_verdict(report)
 
 
 @dataclass(frozen=True)
@@ -192,42 +240,20 @@ def evaluate_models(
     """A model measured on held-out rows, and behind it what it started from or another model on the same rows."""
     from luthier.engines.registry import import_in_background
     from luthier.engines.surroundings import prepare_process
+    from luthier.evals.heldout import find_rows, find_template
 
     prepare_process()
     import_in_background()
     tuned = find_resolved(model, with_weights=True)
-    source, only = _held_out_rows(tuned, wanted)
-    asked = [(tuned, _template_of(tuned, wanted))]
+    source, only = find_rows(tuned, wanted.data)
+    asked = [(tuned, find_template(tuned, wanted.chat_template))]
     if base_too:
         asked.append((resolve_start(tuned), asked[0][1]))
     elif against:
         other = find_resolved(against, with_weights=True)
-        asked.append((other, _template_of(other, wanted)))
+        asked.append((other, find_template(other, wanted.chat_template)))
     with open_source(source) as opened:
         return [_evaluate(each, template, wanted, (opened, only), progress) for each, template in asked]
-
-
-def _held_out_rows(resolved: ResolvedModel, wanted: Evaluation) -> tuple[str, set[Place] | None]:
-    """Where the rows are, and which of them; None for all."""
-    if wanted.data is not None:
-        return wanted.data, None
-    run = find_run(resolved)
-    if run is None:
-        raise CallError(f"{resolved.name} is no run, so it held no rows out", hint="name some rows: --data FILE")
-    data = run.spec.data
-    if isinstance(data.valid, str):
-        return data.valid, None
-    places = run.held_out_rows()
-    if data.train is None or not places:
-        raise CallError(f"{run.id} held no rows out", hint="name some rows: --data FILE")
-    return data.train, places
-
-
-def _template_of(resolved: ResolvedModel, wanted: Evaluation) -> Path | None:
-    """The chat template to ask by: the given one, or that of the run; None for the model's own."""
-    run = find_run(resolved)
-    named = wanted.chat_template or (run.spec.model.chat_template if run else None)
-    return Path(named) if named else None
 
 
 def _evaluate(

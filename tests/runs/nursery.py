@@ -16,6 +16,8 @@ import sys
 import threading
 from typing import Any
 
+from tests.certifying import never_start_a_process
+
 PRELOADED = (
     "torch",
     "transformers.models.qwen3.modeling_qwen3",
@@ -26,7 +28,7 @@ PRELOADED = (
     "luthier.workflow",
     "luthier.training.session",
     "luthier.training.planner",
-    "luthier.adapters.merge",
+    "luthier.adapters.verify",
 )
 
 
@@ -71,6 +73,7 @@ def serve() -> None:
     orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     for name in PRELOADED:
         importlib.import_module(name)
+    never_start_a_process()
     assert threading.active_count() == 1
     gc.collect()
     gc.freeze()

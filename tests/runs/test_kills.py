@@ -102,11 +102,10 @@ def test_killed_while_the_results_are_written(
     assert not [event for event in read_events(run / "events.jsonl") if event["kind"] == "finished"]
     resume(nursery, run, **{CRASH_VARIABLE: f"{point}:2"}).ends(137)
     assert [event["kind"] for event in read_events(run / "events.jsonl")][-1] == "finished"
-    last = resume(nursery, run)
-    if point == "before_manifest":
-        assert "merged" in last.ends(0).out
-    else:
-        assert "is finished; there is nothing to resume" in last.ends(1).err
+    last = resume(nursery, run).ends(0)
+    assert ("  merged   " in last.out) is (point == "before_manifest")
+    assert "certificate valid: merged_model is what was trained" in last.out
+    assert "is finished; there is nothing to resume" in resume(nursery, run).ends(1).err
     assert (run / "merged_model" / "manifest.json").is_file()
     assert hash_file(run / ADAPTER) == wanted
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from luthier.adapters.arithmetic import check_merged
 from luthier.adapters.gguf import KINDS, write_gguf
 from luthier.adapters.gguf_layout import read_settings
 from luthier.adapters.gguf_vocabulary import read_vocabulary
 from luthier.adapters.merge import merge_adapter
 from luthier.adapters.ollama import MODELFILE, build_modelfile
+from luthier.adapters.start import Start
 from luthier.errors import CallError, CheckpointError, ModelError, ProofError, RunError
 from luthier.extras import import_extra
 from luthier.runs.events import utc_now
@@ -198,6 +200,8 @@ def _whole_model(job: _Job, beside: Path) -> Iterator[tuple[Path, bool]]:
         whole = Path(place) / MERGED_MODEL
         adapters = [each.path for each in resolved.adapters]
         merge_adapter(resolved.folder, adapters, whole, should_stop=job.options.should_stop)
+        if job.options.certified is not None:
+            check_merged(whole, Start(resolved.folder, tuple(adapters)))
         yield whole, True
 
 

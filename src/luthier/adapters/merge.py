@@ -33,9 +33,9 @@ from luthier.weights.tensors import INDEX, WHOLE, read_config
 DTYPES = {"fp32": ("F32", "float32"), "bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16")}
 # What a model folder has besides weights; the base's own card and code are not the merged model's.
 _TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
-_LEFT_BEHIND = (INDEX, MANIFEST, CONFIG)
+_LEFT_BEHIND = (INDEX, MANIFEST, CONFIG, "certificate.json")
 _EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "word_embeddings.weight", "wte.weight")
-_HEADS = ("lm_head.weight", "embed_out.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
 _BLOCK_VALUES = 2 * 1024 * 1024  # fewer make many small products, which wait for each other on busy cores
 
 Dequantise = Callable[[str, Floats], Floats | None]
@@ -124,10 +124,12 @@ def merge_adapter(
     dtype: str | None = None,
     should_stop: Callable[[], bool] | None = None,
     dequantise: Dequantise | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> MergeFacts:
     """Write the base with the adapters applied in order as a whole model folder at `out`; it appears complete or not.
 
-    `dtype` is fp32, bf16, fp16 or the base's own.
+    `dtype` is fp32, bf16, fp16 or the base's own. `finish` is given the folder before it is sealed; where it raises,
+    no folder appears.
     """
     if dtype is not None and dtype not in DTYPES:
         raise CallError(f"no such precision: {dtype}", hint=f"one of: {', '.join(DTYPES)}")
@@ -143,8 +145,11 @@ def merge_adapter(
         _copy_text(base_folder, draft)
         _write_config(draft, config, dtype, parts=head == "parted")
         _write_weights(job, draft)
+        if finish:
+            finish(draft)
 
-    seal(out, write, {"kind": "merged_model", "adapters": [folder.name for folder in adapters]})
+    names = [folder.name for folder in adapters]
+    seal(out, write, {"kind": "merged_model", "adapters": names, "nf4": dequantise is not None})
     return _facts(job, is_tied=head == "tied")
 
 
@@ -176,7 +181,7 @@ def _collect(files: Mapping[str, TensorFile], adapters: Sequence[Path]) -> dict[
                 continue  # comes with its lora_A
             module, _, side = name.rpartition(".")
             wanted = f"{module}.weight" if side == "lora_A" else name
-            found = _find_place(wanted, entries)
+            found = find_place(wanted, entries)
             if found is None:
                 left.append(name)
                 continue
@@ -200,7 +205,7 @@ def _left_over(folder: Path, config: AdapterConfig, left: list[str]) -> ModelErr
     )
 
 
-def _find_place(name: str, entries: Mapping[str, TensorEntry]) -> str | None:
+def find_place(name: str, entries: Mapping[str, TensorEntry]) -> str | None:
     """The base's name for a tensor: files may lack the model's own prefix, or order it otherwise."""
     candidates = [name, f"model.{name}", name.partition(".")[2]]
     for one, other in (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")):
@@ -208,18 +213,18 @@ def _find_place(name: str, entries: Mapping[str, TensorEntry]) -> str | None:
             if name.startswith(start):
                 candidates.append(end + name.removeprefix(start))
     found = next((each for each in candidates if each in entries), None)
-    if found is None and name.endswith(_HEADS) and _find_embeddings(entries):
+    if found is None and name.endswith(HEADS) and find_embeddings(entries):
         return name  # the head of a tied model has no tensor of its own until it is changed
     return found
 
 
-def _find_embeddings(entries: Iterable[str]) -> str | None:
+def find_embeddings(entries: Iterable[str]) -> str | None:
     found = [name for name in entries if name.endswith(_EMBEDDINGS)]
     return found[0] if len(found) == 1 else None
 
 
 def _shape_of(name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, ...]:
-    start = name if name in entries else _find_embeddings(entries)
+    start = name if name in entries else find_embeddings(entries)
     assert start is not None
     return entries[start].shape
 
@@ -254,8 +259,8 @@ def _says_tied(config: Mapping[str, Any]) -> bool:
 def _settle_head(job: _Job, *, says_tied: bool) -> Literal["tied", "parted", "apart"]:
     """Whether embeddings and head stay one matrix; where a change parts them, the head gets a tensor of its own."""
     entries = {name for file in job.files.values() for name in file.entries}
-    embeddings = _find_embeddings(entries)
-    heads = sorted(name for name in entries | set(job.changes) if name.endswith(_HEADS))
+    embeddings = find_embeddings(entries)
+    heads = sorted(name for name in entries | set(job.changes) if name.endswith(HEADS))
     if embeddings is None or not (says_tied or entries.isdisjoint(heads)):
         return "apart"
     changes = [job.changes.get(name) for name in (embeddings, *heads)]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import singledispatchmethod
 from typing import TYPE_CHECKING, Any
 
+from luthier.cli.ending import exit_code, print_end, print_evidence, span, write_evidence
 from luthier.cli.output import (
     SILENT_SECONDS,
     Heartbeat,
@@ -26,7 +27,6 @@ from luthier.runs.run import Run
 from luthier.training.signals import EXIT_CODES, StopFlag
 
 if TYPE_CHECKING:
-    from luthier.training.session import Trained
     from luthier.workflow import Ready
 
 _GIB = 1 << 30
@@ -89,7 +89,7 @@ class Live:
         more = "".join(f"  {name.removeprefix('reward_')} {value:.3g}" for name, value in _worth(event.metrics))
         self._line(
             f"step {event.step}/{self._steps}  loss {event.loss:.4f}{more}  lr {event.learning_rate:.2e}"
-            f"  {event.tokens_per_second:,.0f} tok/s  {_span(left)} left  {event.memory_bytes / _GIB:.2f} GiB",
+            f"  {event.tokens_per_second:,.0f} tok/s  {span(left)} left  {event.memory_bytes / _GIB:.2f} GiB",
             keep=event.step in (1, self._steps),
         )
         is_last = event.step == self._steps
@@ -136,12 +136,6 @@ def _worth(metrics: Any) -> list[tuple[str, float]]:
     return [(name, metrics[name]) for name in ("reward_margin", "reward_accuracy") if name in metrics]
 
 
-def _span(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def train_and_tell(
     run: Run, ready: Ready | None = None, *, resume: bool = False, allow_changed: bool = False, as_json: bool = False
 ) -> int:
@@ -162,7 +156,7 @@ def train_and_tell(
 
 
 def _train_here(run: Run, ready: Ready | None, *, resume: bool, allow_changed: bool, as_json: bool) -> int:
-    from luthier.workflow import needs_merge, reopen, train_run
+    from luthier.workflow import is_complete, reopen, train_run
 
     if ready is None:
         with heartbeat("planning and looking at the base model", quiet=as_json):
@@ -171,26 +165,30 @@ def _train_here(run: Run, ready: Ready | None, *, resume: bool, allow_changed: b
     stop = StopFlag(_say_stopping if leads else None)
     with _stopped_at_once(run), Live(ready.plan.steps, quiet=as_json or not leads) as live:
         trained = train_run(run, ready, watch=live, stop=stop, resume=resume, allow_changed=allow_changed)
-    was_stopped = not trained.outcome.is_done or (leads and needs_merge(run))
     if leads:
-        _print_end(run, trained, as_json=as_json)
-    return EXIT_CODES[stop.reason or "SIGTERM"] if was_stopped else 0
+        print_end(run, trained, as_json=as_json)
+    if not trained.outcome.is_done:
+        return EXIT_CODES[stop.reason or "SIGTERM"]
+    if not leads:
+        return 0
+    return EXIT_CODES[stop.reason] if stop.reason and not is_complete(run) else exit_code(run)
 
 
-def merge_and_tell(run: Run, *, as_json: bool = False) -> int:
-    """Merge the adapter of a run that is finished, where that was stopped; returns the exit code."""
-    from luthier.runs.resolve import find_resolved
-    from luthier.workflow import merge_run
+def complete_and_tell(run: Run, *, as_json: bool = False) -> int:
+    """Merge and certify a run that is finished, where that was stopped; returns the exit code."""
+    from luthier.workflow import complete_run, is_complete
 
     stop = StopFlag(_say_stopping)
-    resolved = find_resolved(run.spec.model.base, run.spec.model.revision, with_weights=True)
     with _stopped_at_once(run), run.lock(), stop, Live(0, quiet=as_json) as live:
-        merged = merge_run(run, resolved, watch=live, stop=stop)
+        merged = complete_run(run, watch=live, stop=stop)
     if as_json:
-        print_json({"run": run.id, "folder": str(run.folder), "merged": str(merged) if merged else None})
+        facts = {"run": run.id, "folder": str(run.folder), "merged": str(merged) if merged else None}
+        print_json(facts | write_evidence(run))
     else:
-        say(f"  merged   {merged}" if merged else _while_merging(run))
-    return 0 if merged else EXIT_CODES[stop.reason or "SIGTERM"]
+        if merged:
+            say(f"  merged   {merged}")
+        print_evidence(run)
+    return EXIT_CODES[stop.reason] if stop.reason and not is_complete(run) else exit_code(run)
 
 
 def _say_stopping(name: str) -> None:
@@ -210,46 +208,3 @@ def _stopped_at_once(run: Run) -> Iterator[None]:
         )
         error.exit_code = EXIT_CODES["SIGINT"]
         raise error from None
-
-
-def _while_merging(run: Run) -> str:
-    return f"stopped while merging; the adapter itself is final\ngo on:  luthier resume {run.folder}"
-
-
-def _print_end(run: Run, trained: Trained, *, as_json: bool) -> None:
-    from luthier.workflow import needs_merge
-
-    progress, outcome = trained.progress, trained.outcome
-    if as_json:
-        print_json(
-            {
-                "run": run.id,
-                "folder": str(run.folder),
-                "model": run.model_id,
-                "state": outcome.reason,
-                "step": outcome.step,
-                "loss": progress.last_loss,
-                "valid": progress.last_scores,
-                "tokens": progress.tokens,
-                "seconds": progress.seconds,
-                "final": str(trained.final) if trained.final else None,
-                "merged": str(trained.merged) if trained.merged else None,
-            }
-        )
-        return
-    if not outcome.is_done:
-        saved = "the state is saved" if outcome.step else "there is nothing to save yet"
-        say(f"stopped by {outcome.reason} after step {outcome.step}; {saved}")
-        say(f"go on:  luthier resume {run.folder}")
-        return
-    why = "" if outcome.reason == "finished" else " (stopped early: the held-out part no longer got better)"
-    speed = progress.tokens / progress.seconds if progress.seconds else 0.0
-    say(f"{paint('done', '32')} after {outcome.step} steps{why}")
-    say(f"  weights  {trained.final}")
-    if trained.merged:
-        say(f"  merged   {trained.merged}")
-    elif needs_merge(run):
-        say(_while_merging(run))
-    say(f"  model    {run.model_id}")
-    say(f"  cost     {_span(progress.seconds)} of training, {progress.tokens:,} tokens, {speed:,.0f} tokens/s")
-    say(f"next:  luthier evaluate {run.folder} --data FILE")

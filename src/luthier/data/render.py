@@ -91,6 +91,12 @@ class Renderer:
         prompt = template.render(example.messages[:-1], example.tools, add_generation_prompt=True)
         return Question(prompt, *self.split_end(done.text[slice(*done.turns[len(example.messages) - 1])]))
 
+    def render_prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
+        """A conversation as the model is asked to go on with it; raises RowError."""
+        template = self._required_template()
+        self._refuse_control_tokens([text for message in messages for text in _message_texts(message)])
+        return template.render(messages, tools, add_generation_prompt=True)
+
     def split_end(self, turn: str) -> tuple[str, str]:
         """An answer without the control tokens and white space behind it, and the first of those tokens."""
         answer, end = turn.rstrip(), ""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import orjson
 
 from luthier.data.check import check_example, check_json
-from luthier.data.example import Conversation, Example, Preference, Text
+from luthier.data.example import Conversation, Example, Message, Preference, Text
 from luthier.data.formats import find_format, get_format
 from luthier.data.hashes import content_hash, hash_bytes, prompt_hash
 from luthier.data.notes import END_CUT, NOTES, SPLIT, TRUNCATED
@@ -145,6 +145,11 @@ class RowReader:
         if isinstance(example, Preference):
             example = Conversation([*example.prompt, *example.chosen], example.tools)
         return self._renderer.render_question(example)
+
+    def prompt(self, messages: list[Message]) -> str:
+        """A conversation that waits for its answer, as the model is shown it; raises RowError."""
+        assert self._renderer is not None
+        return self._renderer.render_prompt(messages)
 
     def answer(self, text: str) -> str:
         """What a model said, without control tokens behind it."""

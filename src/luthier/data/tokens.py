@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,6 +87,13 @@ class ModelText:
         """The token plain text starts with in this model's training; empty for most."""
         begins = self.tokenizer.encode("a", add_special_tokens=True).tokens[:1]
         return self.bos_token if self.bos_token and begins == [self.bos_token] else ""
+
+    def end_tokens(self, named: Iterable[str]) -> tuple[int, ...]:
+        """Ids of what ends an answer: these tokens, the end of text, and what the folder's generation settings say."""
+        settings = _read_json(self.folder / "generation_config.json").get("eos_token_id")
+        told = set(settings if isinstance(settings, list) else [settings])
+        ids = {self.tokenizer.token_to_id(token) for token in (*named, self.eos_token) if token}
+        return tuple(sorted(number for number in ids | told if isinstance(number, int)))
 
     def _named_token(self, key: str) -> str:
         token = self._config.get(key)

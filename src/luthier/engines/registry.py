@@ -11,11 +11,14 @@ from luthier.errors import UnsupportedError
 from luthier.extras import import_extra
 
 if TYPE_CHECKING:
-    from luthier.engines.verbs import Sampler
-    from luthier.runs.resolve import ResolvedModel
+    from collections.abc import Callable
+
+    from luthier.engines.verbs import Logits, Prober, Sampler
+    from luthier.runs.resolve import AdapterRef, ResolvedModel
 
 ENGINES = {"torch": "luthier.engines.torch.engine"}
 SAMPLERS = {"torch": "luthier.engines.torch.sampling"}
+PROBERS = {"torch": "luthier.engines.torch.probing"}
 _IMPORTS = "imports of the engines"
 
 
@@ -58,3 +61,26 @@ def load_sampler(resolved: ResolvedModel, home: Path, kind: str = "torch") -> Sa
     import_extra(kind, kind)
     sampler: Sampler = importlib.import_module(SAMPLERS[kind]).build_sampler(resolved, home)
     return sampler
+
+
+def load_prober(
+    resolved: ResolvedModel, home: Path, *, precision: str, device: str, over: AdapterRef | None = None
+) -> Prober:
+    """A model read from disk again; any engine's result is read by the one that reads all of them."""
+    wait_for_imports()
+    import_extra("torch", "torch")
+    build = importlib.import_module(PROBERS["torch"]).build_prober
+    prober: Prober = build(resolved, home, precision=precision, device=device, over=over)
+    return prober
+
+
+def load_dequantise(
+    folder: Path, *, precision: str, double_quant: bool, device: str
+) -> Callable[[str, Logits], Logits | None]:
+    """The values that QLoRA trained against: each linear layer's weights through NF4, by tensor name."""
+    import_extra("torch", "torch")
+    build = importlib.import_module("luthier.engines.torch.nf4").build_dequantise
+    found: Callable[[str, Logits], Logits | None] = build(
+        folder, precision=precision, double=double_quant, device=device
+    )
+    return found

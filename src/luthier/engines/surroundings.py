@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
+from contextlib import suppress
 
 _NO_MMAP, _NO_TRIM = (-4, 0), (-1, 2**31 - 1)
 
@@ -29,3 +31,13 @@ def _keep_memory() -> None:
         return
     for option, value in (_NO_MMAP, _NO_TRIM):
         mallopt(option, value)
+
+
+def release_memory() -> None:
+    """Give back what training no longer needs, for a process that is going to load the model again."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

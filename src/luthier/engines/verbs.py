@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Logits = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
 Result = TypeVar("Result", covariant=True)
 Tick = Callable[[int, int], None]
 """Called with how many of how many are done."""
@@ -254,8 +256,28 @@ class Sampler(Protocol):
         """Tokens that follow each prompt; `tick` hears how many of how many are answered."""
         ...
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """The log-probability of each sequence behind its first token."""
+    def stream(self, prompt: Sequence[int], params: SampleParams, hear: Callable[[int], None]) -> list[int]:
+        """Tokens that follow one prompt; `hear` is told each as soon as it is there."""
+        ...
+
+    def score(self, sequences: Sequence[Sequence[int]], counted: Sequence[Bools] | None = None) -> list[float]:
+        """The log-probability of each sequence behind its first token, or of those of its tokens that are counted."""
+        ...
+
+
+class Prober(Protocol):
+    """A model read from disk again, to be held against what a run said of it."""
+
+    def adapt(self, folder: Path) -> list[str]:
+        """Put an adapter over the weights, unmerged; returns its tensors that have no place in the model."""
+        ...
+
+    def logits(self, sequences: Sequence[Ints], places: int) -> list[Logits]:
+        """Logits of every token behind the last `places` tokens of each sequence."""
+        ...
+
+    def answer(self, prompts: Sequence[Ints], tokens: int) -> list[list[int]]:
+        """The likeliest tokens behind each prompt."""
         ...
 
 

@@ -29,7 +29,7 @@ class Answer:
     @property
     def is_right(self) -> bool:
         """Equal but for white space at the ends; thoughts do not count."""
-        return not self.is_cut and _said(self.got) == _said(self.question.answer)
+        return not self.is_cut and said(self.got) == said(self.question.answer)
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -131,5 +131,6 @@ def measure_exact_match(
     return ExactMatch(answers, sum(len(tokens) for tokens in drawn), seconds)
 
 
-def _said(answer: str) -> str:
+def said(answer: str) -> str:
+    """An answer without thoughts and the white space at its ends."""
     return answer.rpartition(_THOUGHT_END)[2].strip()

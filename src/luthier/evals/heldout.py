@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import orjson
-
 from luthier.data.example import Text
 from luthier.data.reasons import RowError, list_counts
 from luthier.data.render import Question
 from luthier.data.rows import ReadOptions, RowReader
 from luthier.data.source import Row, Source
 from luthier.data.tokens import ModelText
-from luthier.errors import DataError
+from luthier.errors import CallError, DataError
+from luthier.runs.resolve import ResolvedModel, find_run
 
 Place = tuple[str, int]
 """File and line of a row."""
@@ -33,9 +32,7 @@ class HeldOut:
 
     def stop_tokens(self) -> tuple[int, ...]:
         """What ends an answer: the ends of the turns as rendered, and what the model's folder says."""
-        named = {question.end for _, question in self.questions} | {self.text.eos_token}
-        found = {self.text.tokenizer.token_to_id(token) for token in named if token} | _configured(self.text.folder)
-        return tuple(sorted(token for token in found if token is not None))
+        return self.text.end_tokens({question.end for _, question in self.questions})
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that hold their control tokens already."""
@@ -51,7 +48,7 @@ def read_held_out(
         ModelText(options.model_folder, chat_template=options.chat_template), RowReader(options, source.names)
     )
     texts: list[str] = []
-    for place, row in islice(_rows(source, only), limit):
+    for place, row in islice(list_rows(source, only), limit):
         try:
             if isinstance(found.reader.example(row), Text):
                 texts.append(found.reader.sequences(row)[0][0].text)
@@ -69,7 +66,8 @@ def read_held_out(
     return found
 
 
-def _rows(source: Source, only: Collection[Place] | None) -> Iterator[tuple[Place, Row]]:
+def list_rows(source: Source, only: Collection[Place] | None = None) -> Iterator[tuple[Place, Row]]:
+    """The rows of a source with their places, or those `only` in some of them."""
     for block in source.blocks():
         for line, row in zip(block.lines, block.rows, strict=True):
             place = source.names[block.file], line
@@ -77,9 +75,24 @@ def _rows(source: Source, only: Collection[Place] | None) -> Iterator[tuple[Plac
                 yield place, row
 
 
-def _configured(folder: Path) -> set[int | None]:
-    """End tokens by the model's own generation settings."""
-    path = folder / "generation_config.json"
-    facts = orjson.loads(path.read_bytes()) if path.is_file() else {}
-    named = facts.get("eos_token_id")
-    return set(named if isinstance(named, list) else [named])
+def find_rows(resolved: ResolvedModel, named: str | None) -> tuple[str, set[Place] | None]:
+    """Where rows are that a model was not trained on, and which of them; None for all. Named ones, or its run's."""
+    if named is not None:
+        return named, None
+    run = find_run(resolved)
+    if run is None:
+        raise CallError(f"{resolved.name} is no run, so it held no rows out", hint="name some rows: --data FILE")
+    data = run.spec.data
+    if isinstance(data.valid, str):
+        return data.valid, None
+    places = run.held_out_rows()
+    if data.train is None or not places:
+        raise CallError(f"{run.id} held no rows out", hint="name some rows: --data FILE")
+    return data.train, places
+
+
+def find_template(resolved: ResolvedModel, named: str | None) -> Path | None:
+    """The chat template to ask by: the named one, or that of the model's run; None for the model's own."""
+    run = find_run(resolved)
+    found = named or (run.spec.model.chat_template if run else None)
+    return Path(found) if found else None

@@ -123,6 +123,14 @@ def find_manifest(folder: Path) -> Manifest | None:
         return None
 
 
+def find_facts(folder: Path) -> dict[str, Any]:
+    """What a manifest says besides its files, whatever became of those; empty where it cannot be read."""
+    try:
+        return _parse_manifest(folder).facts
+    except CheckpointError:
+        return {}
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:

@@ -24,7 +24,7 @@ from luthier.spec.plan import RunPlan
 from luthier.training.loop import Outcome, Progress
 from luthier.training.memory import remember_correction, remember_speed
 from luthier.training.passes import Watch
-from luthier.training.probe import write_probe
+from luthier.training.probe import read_text_facts, write_probe
 from luthier.weights.card import CardFacts, write_card
 from luthier.weights.peft import read_adapter
 from luthier.weights.shards import read_model_files
@@ -45,10 +45,13 @@ def write_results(
         check_learned(draft, None if is_adapter else resolved.folder)
         if not is_adapter:
             copy_tokenizer(resolved.folder, draft)
+            copy_template(plan.spec.model.chat_template, draft)
         write_card(draft, _card(run, plan, resolved, metrics))
 
     seal(final, write, {"step": progress.step, "kind": final.name})
-    write_probe(run.folder / PROBE, engine, prepared, _vocabulary(resolved.folder))
+    template = Path(plan.spec.model.chat_template) if plan.spec.model.chat_template else None
+    text = read_text_facts(resolved.folder, template)
+    write_probe(run.folder / PROBE, engine, prepared, _vocabulary(resolved.folder), text)
     return final
 
 
@@ -123,9 +126,15 @@ def copy_tokenizer(base: Path, folder: Path) -> None:
     """The base's text files beside weights that were written without them."""
     for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer.model"):
         for path in sorted(base.glob(pattern)):
-            is_of_weights = path.name.endswith(".index.json") or path.name == "manifest.json"
+            is_of_weights = path.name.endswith(".index.json") or path.name in ("manifest.json", "certificate.json")
             if path.is_file() and not is_of_weights and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
+
+
+def copy_template(template: str | None, folder: Path) -> None:
+    """The chat template that a run was trained with, where it is not the base's own: it is the result's own now."""
+    if template:
+        shutil.copyfile(template, folder / "chat_template.jinja")
 
 
 def _vocabulary(folder: Path) -> int:

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from luthier.adapters import export as exporting
+from luthier.adapters import merge
 from luthier.adapters.export import ExportOptions, default_folder, export_run, find_certified
 from luthier.adapters.merge import Stopped, merge_adapter
 from luthier.cli.main import app, main
@@ -156,6 +157,16 @@ def test_an_adapter_over_another_run_s_result_is_merged_in_order_and_noted(tmp_p
     merge_adapter(practice_folder(), adapters, tmp_path / "expected")
     name = "model.layers.3.mlp.down_proj.weight"
     assert np.array_equal(floats(tmp_path / "out")[name], floats(tmp_path / "expected")[name])
+
+
+def test_what_is_merged_on_the_way_is_worked_out_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = merge._Change.add_to
+    monkeypatch.setattr(merge._Change, "add_to", lambda self, values, part: 2 * add(self, values, part) - values)
+    with pytest.raises(ProofError, match=r"down_proj\.weight` is not the base's plus scale \* B @ A"):
+        export_run(run, "merged", tmp_path / "out", WITH)
+    assert not (tmp_path / "out").exists()
 
 
 # -- certificates ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ import yaml
 
 from luthier.adapters import merge
 from luthier.cli.main import end, main
+from luthier.errors import ProofError
 from luthier.runs.run import Run
+from tests.certifying import certify_here
 from tests.unit.training.works import NEEDS_TORCH, Faulty, signal_at, tables_of, with_faults
 
 pytestmark = NEEDS_TORCH
@@ -45,7 +47,11 @@ def test_a_run_from_start_to_end(tmp_path: Path, capsys: Captured) -> None:
     assert after[1] == f"  weights  {run.folder}/final_lora_weights"
     assert after[2] == f"  model    {run.model_id}"
     assert after[3].startswith("  cost     ")
-    assert after[4] == f"next:  luthier evaluate {run.folder} --data FILE"
+    assert after[4] == "  proof    certificate valid: final_lora_weights is what was trained, all 10 claims hold"
+    assert after[5] == f"  report   {run.folder}/finetune_report.html"
+    assert after[6].startswith("Trained to the end: held-out loss ")
+    assert after[7] == f"next:  luthier compare {run.folder}"
+    assert (run.folder / "finetune_report.html").is_file()
     assert main(["resume", run.id]) == 1
     err = capsys.readouterr().err
     assert f"error: {run.id} is finished; there is nothing to resume" in err
@@ -62,6 +68,55 @@ def test_one_json_object_and_nothing_beside_it(tmp_path: Path, capsys: Captured)
     assert found["final"] == str(run.folder / "final_lora_weights")
     assert found["valid"].keys() >= {"loss", "perplexity", "token_accuracy"}
     assert found["tokens"] > 0
+    assert found["certificate"] == {"valid": True, "path": str(run.folder / "certificate.json")}
+    assert found["report"] == str(run.folder / "finetune_report.html")
+    assert found["verdict"]
+
+
+def test_stopped_while_it_is_certified_and_certified_by_a_resume(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_there(order: Any, should_stop: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return certify_here(order, should_stop)
+
+    spec = write_spec(tmp_path)
+    with monkeypatch.context() as once:
+        once.setattr("luthier.adapters.verify.certify_in_fresh_process", stop_there)
+        assert main(["train", str(spec)]) == 143
+    run = run_of(tmp_path)
+    assert "  not certified yet; the weights themselves are final\n" in capsys.readouterr().out
+    assert main(["resume", str(run.folder)]) == 0
+    assert "certificate valid: final_lora_weights is what was trained" in capsys.readouterr().out
+    assert main(["resume", str(run.folder)]) == 1
+
+
+def test_a_result_that_is_not_what_was_trained_is_told_loudly(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(order: Any, should_stop: Any) -> Any:
+        path = Path(order.run) / "final_lora_weights" / "README.md"
+        path.write_text("changed on the disk")
+        return certify_here(order, should_stop)
+
+    monkeypatch.setattr("luthier.adapters.verify.certify_in_fresh_process", spoil)
+    assert main(["train", str(write_spec(tmp_path))]) == 1
+    out = capsys.readouterr().out
+    assert "certificate NOT VALID: 1 of 10 claims do not hold: every byte is as it was sealed" in out
+    assert "Do not use this model" in out
+
+
+def test_what_cannot_be_certified_is_warned_of(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(order: Any, should_stop: Any) -> Any:
+        raise ProofError("the certificate could not be made: its process was ended by SIGKILL")
+
+    monkeypatch.setattr("luthier.adapters.verify.certify_in_fresh_process", fail)
+    assert main(["train", str(write_spec(tmp_path))]) == 0
+    out, err = capsys.readouterr()
+    assert "warning: the certificate could not be made: its process was ended by SIGKILL" in err
+    assert "  not certified yet; the weights themselves are final\n" in out
 
 
 def test_stopped_while_merging_and_merged_by_a_resume(
@@ -82,9 +137,12 @@ def test_stopped_while_merging_and_merged_by_a_resume(
     run = run_of(tmp_path)
     out = capsys.readouterr().out
     assert f"  weights  {run.folder}/final_lora_weights" in out
-    assert f"stopped while merging; the adapter itself is final\ngo on:  luthier resume {run.folder}" in out
+    assert "  not merged yet; the weights themselves are final\n" in out
+    assert out.endswith(f"go on:  luthier resume {run.folder}\n")
     assert main(["resume", str(run.folder)]) == 0
-    assert f"  merged   {run.folder}/merged_model" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"  merged   {run.folder}/merged_model" in out
+    assert "certificate valid: merged_model is what was trained" in out
     assert (run.folder / "merged_model" / "model.safetensors").is_file()
     assert main(["resume", str(run.folder)]) == 1
 

@@ -63,6 +63,7 @@ def test_the_run_folder_is_complete(done: tuple[Run, Work, Path]) -> None:
         "events.jsonl",
         "training_log.json",
         "lineage.json",
+        "certificate.json",
         "probe.safetensors",
         "run.lock",
         *(

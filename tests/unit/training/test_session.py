@@ -21,7 +21,7 @@ from luthier.runs.run import Run, open_run
 from luthier.training import session
 from luthier.training.session import Work, train
 from luthier.training.signals import StopFlag
-from luthier.workflow import Ready, is_complete, merge_run, needs_merge, train_run
+from luthier.workflow import Ready, complete_run, is_complete, needs_merge, train_run
 from tests.unit.runs.folders import DAMAGES
 from tests.unit.training.works import (
     NEEDS_TORCH,
@@ -224,7 +224,7 @@ def test_a_signal_while_merging_leaves_the_adapter_and_a_resume_merges(tmp_path:
     assert len(polled) == 3
     assert not list(work.run.folder.glob(f"{MERGED_MODEL}*"))
     assert (work.run.state, needs_merge(work.run), is_complete(work.run)) == ("finished", True, False)
-    assert merge_run(work.run, work.resolved, watch=Watched(), stop=StopFlag()) == work.run.folder / MERGED_MODEL
+    assert complete_run(work.run, watch=Watched(), stop=StopFlag()) == work.run.folder / MERGED_MODEL
     assert is_complete(work.run)
 
 

@@ -12,7 +12,7 @@ from luthier.cli.output import Command
 @click.option("--allow-changed", is_flag=True, help="Go on although data, base, plan or number of processes changed.")
 def command(run: str, allow_changed: bool, as_json: bool) -> int:
     """Go on with RUN (a folder, a run id or an ft: id) from its newest whole checkpoint."""
-    from luthier.cli.live import merge_and_tell, train_and_tell
+    from luthier.cli.live import complete_and_tell, train_and_tell
     from luthier.cli.output import tell
     from luthier.errors import ResumeError
     from luthier.runs.run import open_run
@@ -27,6 +27,6 @@ def command(run: str, allow_changed: bool, as_json: bool) -> int:
     if not as_json:
         tell(f"going on with {opened.id}, which is {opened.state}")
     if opened.state == "finished":
-        return merge_and_tell(opened, as_json=as_json)
+        return complete_and_tell(opened, as_json=as_json)
     warm_up(opened.spec)
     return train_and_tell(opened, resume=True, allow_changed=allow_changed, as_json=as_json)

@@ -50,6 +50,11 @@ class Head:
         return torch.cat(logprobs)[:count], torch.cat(hits)[:count] if hits else None
 
     @torch.no_grad()
+    def rate(self, hidden: Tensor) -> Tensor:
+        """Logits of every token in fp32, for a few hidden states; computed as `score` computes them."""
+        return self._logits(_rounded(hidden), self.weight.detach()).float()[: len(hidden)]
+
+    @torch.no_grad()
     def pull(
         self, hidden: Tensor, targets: Tensor, slope: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, dict[Tensor, Tensor]]:

@@ -20,7 +20,7 @@ from luthier.engines.torch.nf4 import quantise_model
 from luthier.engines.verbs import Batch
 from luthier.errors import ModelError, UnsupportedError
 from luthier.runs.lineage import base_hash
-from luthier.runs.resolve import ResolvedModel
+from luthier.runs.resolve import AdapterRef, ResolvedModel
 from luthier.spec.method import AdapterKeys, LoraMethod, QloraMethod
 from luthier.spec.plan import RunPlan
 from luthier.weights.peft import read_adapter
@@ -78,6 +78,20 @@ def load_for_sampling(resolved: ResolvedModel, home: Path, *, precision: str, de
     model = read_model(resolved.folder, DTYPES[precision], torch.device(device))
     loaded = Loaded(model, find_head(model), torch.device(device), DTYPES[precision])
     _apply_adapters(model, resolved, home)
+    _prepare_modules(loaded, recompute=False)
+    return loaded
+
+
+def load_as_start(
+    resolved: ResolvedModel, home: Path, *, precision: str, device: str, over: AdapterRef | None = None
+) -> Loaded:
+    """A model as training starts from it: earlier adapters in its weights, and NF4 values where `over` was on those."""
+    model = read_model(resolved.folder, DTYPES[precision], torch.device(device))
+    loaded = Loaded(model, find_head(model), torch.device(device), DTYPES[precision])
+    _apply_adapters(model, resolved, home)
+    loaded.is_packed = holds_when_packed(loaded)
+    if over is not None and over.quantised:
+        _quantise(model, over.double_quant, resolved, home, kept=True)
     _prepare_modules(loaded, recompute=False)
     return loaded
 

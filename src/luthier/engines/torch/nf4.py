@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from luthier.data.cache import build_once, cache_key
 from luthier.engines.torch.lora import FrozenLinear, replace_module
 from luthier.extras import import_extra
+from luthier.weights.shards import Floats
+from luthier.weights.tensors import read_model_shape
 
 _BLOCK = 64
 _MARK = "::"
@@ -72,6 +74,28 @@ def quantise_model(
             layer.weight = nn.Parameter(weight(), requires_grad=False)
         else:
             replace_module(model, name, FrozenLinear(layer, weight))
+
+
+def build_dequantise(
+    folder: Path, *, precision: str, double: bool, device: str
+) -> Callable[[str, Floats], Floats | None]:
+    """Weights of a model folder through NF4 and back, by tensor name; None for those that stay as they are."""
+    linears = read_model_shape(folder).linears
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+    def dequantise(name: str, weights: Floats) -> Floats | None:
+        if name.removesuffix(".weight") not in linears:
+            return None
+        packed, state = quantiser().quantize_4bit(
+            torch.from_numpy(weights).to(device, dtype).contiguous(),
+            blocksize=_BLOCK,
+            compress_statistics=double,
+            quant_type="nf4",
+        )
+        found: Floats = quantiser().dequantize_4bit(packed, state).float().cpu().numpy()
+        return found
+
+    return dequantise
 
 
 def _cached_weights(layers: dict[str, nn.Linear], double: bool, home: Path, base_key: str) -> dict[str, Nf4Weight]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from luthier.data.pack import lay_out_step
 from luthier.engines.torch.loading import Loaded, holds_when_packed, load_for_sampling, own_attention, run_base
-from luthier.engines.verbs import Batch, SampleParams, Tick
+from luthier.engines.verbs import Batch, Bools, SampleParams, Tick
 from luthier.machine import find_machine
 from luthier.runs.resolve import ResolvedModel
 
@@ -41,28 +41,56 @@ class TorchSampler:
         """Tokens that follow each prompt."""
         return sample_tokens(self._loaded.model, prompts, params, tick)
 
+    def stream(self, prompt: Sequence[int], params: SampleParams, hear: Callable[[int], None]) -> list[int]:
+        """Tokens that follow one prompt, each told as soon as it is there."""
+        listener = _Listener(hear, params.stop_tokens)
+        with _answering(self._loaded.model, params.seed):
+            return _generate(self._loaded.model, [list(prompt)], params, listener)[0]
+
     @torch.no_grad()
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """The log-probability of each sequence behind its first token, packed where the model allows it."""
+    def score(self, sequences: Sequence[Sequence[int]], counted: Sequence[Bools] | None = None) -> list[float]:
+        """The log-probability of what is counted of each sequence, packed where the model allows it."""
         budget = _SCORED_AT_ONCE if holds_when_packed(self._loaded) else 1
         found = dict[int, float]()
         for chosen in lay_out_step([len(sequence) for sequence in sequences], budget):
-            batch = _batch_of([sequences[number] for number in chosen])
+            masks = [counted[number] for number in chosen] if counted is not None else None
+            batch = _batch_of([sequences[number] for number in chosen], masks)
             hidden = run_base(self._loaded, batch)[torch.from_numpy(batch.sources).to(self._loaded.device)]
             targets = torch.from_numpy(batch.targets).to(self._loaded.device)
             logprobs = self._loaded.head.score(hidden, targets, with_hits=False)[0].double().cpu().numpy()
-            found |= dict(zip(chosen, np.add.reduceat(logprobs, batch.offsets[:-1]).tolist(), strict=True))
+            owners = np.repeat(np.arange(len(chosen)), np.diff(batch.offsets))
+            found |= dict(zip(chosen, np.bincount(owners, logprobs, len(chosen)).tolist(), strict=True))
         return [found[number] for number in range(len(sequences))]
 
 
-def _batch_of(sequences: Sequence[Sequence[int]]) -> Batch:
-    """Sequences in which every token but the first is asked for."""
+class _Listener:
+    """What transformers tells of the tokens as they come: the prompt first, then one at a time."""
+
+    def __init__(self, hear: Callable[[int], None], stops: Sequence[int]) -> None:
+        self._hear, self._stops, self._is_prompt = hear, frozenset(stops), True
+
+    def put(self, value: Any) -> None:
+        """Take in some tokens."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        for token in value.flatten().tolist():
+            if token not in self._stops:
+                self._hear(token)
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+
+def _batch_of(sequences: Sequence[Sequence[int]], counted: Sequence[Bools] | None) -> Batch:
+    """Sequences in which every token but the first is asked for, or those of them that are counted."""
     ends = np.cumsum([0, *(len(sequence) for sequence in sequences)])
     tokens = np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences])
     segments = np.stack([ends[:-1], ends[1:]], 1)
     is_first = np.isin(np.arange(len(tokens)), ends[:-1])
-    places = np.flatnonzero(~is_first)
-    offsets = ends - np.arange(len(ends))
+    is_asked = ~is_first if counted is None else ~is_first & np.concatenate(counted)
+    places = np.flatnonzero(is_asked)
+    offsets = np.concatenate([[0], np.cumsum(is_asked)])[ends]
     return Batch(
         tokens,
         segments,
@@ -80,21 +108,28 @@ def sample_tokens(
 ) -> list[list[int]]:
     """What follows each prompt, up to and without the first stop token."""
     found: dict[int, list[int]] = {}
+    with _answering(model, params.seed):
+        # A state that goes from token to token takes in the padding, unless the model sees to that itself.
+        can_pad = not getattr(model, "_is_stateful", False)
+        for chosen in _groups(prompts, params.max_tokens, can_pad=can_pad):
+            drawn = _generate(model, [list(prompts[number]) for number in chosen], params)
+            found |= dict(zip(chosen, drawn, strict=True))
+            if tick:
+                tick(len(found), len(prompts))
+    return [found[number] for number in range(len(prompts))]
+
+
+@contextmanager
+def _answering(model: Any, seed: int) -> Iterator[None]:
+    """The model as it answers, with draws of its own that leave everybody else's as they were."""
     was_training = model.training
     model.eval()
     try:
         with own_attention(model), _plain_generation(model), torch.random.fork_rng():
-            torch.manual_seed(params.seed)
-            # A state that goes from token to token takes in the padding, unless the model sees to that itself.
-            can_pad = not getattr(model, "_is_stateful", False)
-            for chosen in _groups(prompts, params.max_tokens, can_pad=can_pad):
-                drawn = _generate(model, [list(prompts[number]) for number in chosen], params)
-                found |= dict(zip(chosen, drawn, strict=True))
-                if tick:
-                    tick(len(found), len(prompts))
+            torch.manual_seed(seed)
+            yield
     finally:
         model.train(was_training)
-    return [found[number] for number in range(len(prompts))]
 
 
 def _groups(prompts: Sequence[Sequence[int]], max_tokens: int, *, can_pad: bool = True) -> Iterator[list[int]]:
@@ -112,27 +147,35 @@ def _groups(prompts: Sequence[Sequence[int]], max_tokens: int, *, can_pad: bool 
 
 
 @contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """Tokens as the model rates them: what its own folder asks of generation (penalties, a temperature) is left out.
-
-    A small model computes with one thread, since more would wait for each other longer than they work.
-    """
-    from transformers import GenerationConfig
-
-    config, threads = model.generation_config, torch.get_num_threads()
-    model.generation_config = GenerationConfig()
+def few_threads(model: Any) -> Iterator[None]:
+    """A small model computes with one thread, since more would wait for each other longer than they work."""
+    threads = torch.get_num_threads()
     if model.device.type == "cpu" and model.num_parameters() < _SMALL_PARAMETERS:
         torch.set_num_threads(1)
     try:
-        with warnings.catch_warnings():
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Tokens as the model rates them: what its own folder asks of generation (penalties, a temperature) is left out."""
+    from transformers import GenerationConfig
+
+    config = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        with warnings.catch_warnings(), few_threads(model):
             warnings.simplefilter("ignore")
             yield
     finally:
         model.generation_config = config
-        torch.set_num_threads(threads)
 
 
-def _generate(model: Any, prompts: list[list[int]], params: SampleParams) -> list[list[int]]:
+def _generate(
+    model: Any, prompts: list[list[int]], params: SampleParams, listener: _Listener | None = None
+) -> list[list[int]]:
     """Padded on the left, which a standard attention's mask makes invisible."""
     stops = list(params.stop_tokens)
     pad = stops[0] if stops else 0
@@ -149,6 +192,7 @@ def _generate(model: Any, prompts: list[list[int]], params: SampleParams) -> lis
         eos_token_id=stops or None,
         pad_token_id=pad,
         use_cache=True,
+        streamer=listener,
         **drawn,
     )
     return [_until_stop(row, stops) for row in output[:, width:].tolist()]

@@ -140,3 +140,29 @@ def test_a_trained_adapter_answers_as_the_engine_that_trained_it(method: str, sh
     assert sampler.score(texts) == pytest.approx(TorchSampler(engine._loaded).score(texts), rel=1e-5)
     if method == "qlora":  # the 4-bit values of the base are made once, for training and for every measurement
         assert len(list((tmp_path / "nf4").iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_stream_says_what_a_batch_answers(kind: str, shaped: Shaped, tmp_path: Path) -> None:
+    sampler = sampler_of(shaped(kind), tmp_path)
+    (whole,) = sampler.sample(PROMPTS[:1], NO_STOP)
+    for params in (NO_STOP, SampleParams(max_tokens=6, stop_tokens=(whole[3],))):
+        heard: list[int] = []
+        found = sampler.stream(PROMPTS[0], params, heard.append)
+        assert found == heard == sampler.sample(PROMPTS[:1], params)[0]
+    drawn = [sampler.stream(PROMPTS[0], SampleParams(6, temperature=1.0, seed=seed), heard.append) for seed in (1, 1)]
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_only_what_is_counted_is_scored(kind: str, shaped: Shaped, tmp_path: Path) -> None:
+    sampler = sampler_of(shaped(kind), tmp_path)
+    texts = [[5, 9, 14, 3], [7, 8, 60, 61, 62], [30, 31]]
+    none = [np.zeros(len(text), bool) for text in texts]
+    every = [np.ones(len(text), bool) for text in texts]
+    later = [np.arange(len(text)) > 2 for text in texts]
+    first = [text[:3] for text in texts]
+    assert sampler.score(texts, every) == pytest.approx(sampler.score(texts), rel=1e-6)
+    assert sampler.score(texts, none) == [0.0] * 3
+    expected = np.array(sampler.score(texts)) - np.array(sampler.score(first))
+    assert sampler.score(texts, later) == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)

@@ -1,0 +1,153 @@
+"""Certify the result of a run, and merge it into a whole model that appears only once it is certified."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from luthier.adapters.certificate import CERTIFICATE, Certificate, check_certificate, write_certificate
+from luthier.adapters.claims import Order
+from luthier.adapters.export import Certified, check_allowed, find_final
+from luthier.adapters.fresh import certify_in_fresh_process
+from luthier.adapters.merge import MergeFacts, merge_adapter
+from luthier.adapters.prompts import read_chats
+from luthier.adapters.start import open_start
+from luthier.engines.surroundings import release_memory
+from luthier.errors import CallError, ProofError
+from luthier.runs.layout import FINAL_MODEL, MERGED_MODEL
+from luthier.runs.manifest import find_facts
+from luthier.runs.resolve import ResolvedModel, find_resolved
+from luthier.runs.run import Run
+
+__all__ = ["MergeOptions", "Merged", "check_certificate", "merge_run", "verify_run"]
+Stop = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How a run's adapter is merged.
+
+    `certified` raises where the run has no valid certificate. With None nothing is certified, neither before nor after,
+    and the lineage says so.
+    """
+
+    certified: Certified | None = check_certificate
+    dtype: str | None = None
+    """fp32, bf16, fp16, or the base's own."""
+    nf4: bool = False
+    """Onto the 4-bit values that QLoRA trained against, in place of the base's own."""
+    should_stop: Stop | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model: where it lies, what the merge did, and what was found of it."""
+
+    folder: Path
+    facts: MergeFacts
+    certificate: Certificate | None
+
+
+def verify_run(run: Run, *, prompts: Path | None = None, should_stop: Stop | None = None) -> Certificate:
+    """Hold what lies in the run folder against what the live model said, and write the certificate, valid or not.
+
+    The model merged in the run folder is certified with it. Raises Stopped when asked to stop on the way.
+    """
+    if run.final_weights is None:
+        find_final(run)  # which says what to do
+    if prompts:
+        read_chats(prompts)  # so that what is wrong with them is said at once
+    merged = run.folder / MERGED_MODEL
+    order = Order(_absolute(run.folder), prompts=_absolute(prompts) if prompts else None)
+    if merged.is_dir():
+        order = replace(order, merged=_absolute(merged), nf4=bool(find_facts(merged).get("nf4")))
+    release_memory()
+    certificate = certify_in_fresh_process(order, should_stop)
+    write_certificate(run.folder / CERTIFICATE, certificate)
+    return certificate
+
+
+def merge_run(run: Run, out: Path | None, options: MergeOptions) -> Merged:
+    """Merge the run's adapters into their base at `out`, the run's own `merged_model` when absent.
+
+    A model that is not base + adapter never appears: the ProofError holds the claims that failed. Raises Stopped when
+    asked to stop on the way.
+    """
+    own = run.folder / MERGED_MODEL
+    folder = out or own
+    resolved = _check_mergeable(run, folder, options)
+    check_allowed(run, options.certified, f"merge: {folder}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    release_memory()
+    made: list[Certificate] = []
+
+    def finish(draft: Path) -> None:
+        if template := run.spec.model.chat_template:
+            shutil.copyfile(template, draft / "chat_template.jinja")
+        if options.certified is None:
+            return
+        made.append(_certify_draft(run, draft, options))
+        if folder != own:
+            write_certificate(draft / CERTIFICATE, _standing_alone(made[0], folder.name))
+
+    beside = {"beside": folder.parent, "should_stop": options.should_stop}
+    with open_start(resolved, nf4=options.nf4, precision=run.spec.compute.precision, **beside) as start:  # type: ignore[arg-type]
+        facts = merge_adapter(
+            start.folder,
+            start.adapters,
+            folder,
+            dtype=options.dtype or start.dtype,
+            should_stop=options.should_stop,
+            dequantise=start.dequantise,
+            finish=finish,
+        )
+    if made and folder == own:
+        write_certificate(run.folder / CERTIFICATE, made[0])
+    return Merged(folder, facts, made[0] if made else None)
+
+
+def _check_mergeable(run: Run, folder: Path, options: MergeOptions) -> ResolvedModel:
+    final = find_final(run)
+    if final.name == FINAL_MODEL:
+        raise CallError(
+            f"{run.id} was trained in full: {final} is a whole model already",
+            hint=f"`luthier export {run.folder} --to merged` copies it",
+        )
+    if folder.exists():
+        raise CallError(f"{folder}: already there", hint="name a folder that does not exist yet: -o DIR")
+    resolved = find_resolved(str(run.folder), with_weights=True)
+    if options.nf4 and not any(ref.quantised for ref in resolved.adapters):
+        raise CallError(f"{run.id} was not trained over 4-bit values", hint="leave --nf4 out: it is of QLoRA runs")
+    return resolved
+
+
+def _certify_draft(run: Run, draft: Path, options: MergeOptions) -> Certificate:
+    order = Order(_absolute(run.folder), _absolute(draft), nf4=options.nf4, is_sealed=False)
+    certificate = certify_in_fresh_process(order, options.should_stop)
+    if certificate.is_valid:
+        return certificate
+    assert run.final_weights is not None
+    own = certificate.of(run.final_weights.name)
+    write_certificate(run.folder / CERTIFICATE, own)
+    broken = [each for each in certificate.broken if own.is_valid is (each.artefact == MERGED_MODEL)]
+    what, first = f"the adapter of {run.id} is not what was trained", broken[0]
+    if own.is_valid:
+        what = "the merged model is not base + adapter"
+    raise ProofError(
+        f"{what}: {first.claim}: found {first.found}, allowed {first.allowed}",
+        hint="--dtype fp32 keeps what a coarser type rounds away" if own.is_valid else f"luthier verify {run.folder}",
+        details=certificate.as_dict(),
+    )
+
+
+def _standing_alone(certificate: Certificate, name: str) -> Certificate:
+    """The same for a folder that will lie anywhere: its own files under their own names."""
+    files = certificate.of(MERGED_MODEL).files
+    own = {file.removeprefix(f"{MERGED_MODEL}/"): digest for file, digest in files.items()}
+    return replace(certificate, artefact=name, files=own)
+
+
+def _absolute(path: Path) -> str:
+    return str(path.resolve())

@@ -1,0 +1,85 @@
+"""`luthier merge`: a run's adapter in its base, as one model that needs nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from luthier.cli.output import Command, heartbeat, print_json, say, warn
+
+if TYPE_CHECKING:
+    from luthier.adapters.verify import Merged
+
+# As the code that merges has them; the command line starts without importing it.
+_DTYPES = ("fp32", "bf16", "fp16")
+_LOST = 0.3
+
+
+@click.command("merge", cls=Command)
+@click.argument("run")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A folder that does not exist yet; `merged_model` in the run folder when absent.",
+)
+@click.option("--dtype", type=click.Choice(_DTYPES), help="Precision of the weights; the base's own when absent.")
+@click.option("--nf4", is_flag=True, help="Merge onto the 4-bit values that QLoRA trained against.")
+@click.option(
+    "--without-certificate",
+    is_flag=True,
+    help="Merge what no certificate vouches for, and make none; the run's lineage says so.",
+)
+def command(
+    run: str, output: Path | None, dtype: str | None, nf4: bool, without_certificate: bool, as_json: bool
+) -> int:
+    """Merge the adapter of RUN into its base, with tokenizer, template and stop tokens.
+
+    The model appears only once another process has found that it is base + adapter; what it found is shown as a table.
+    """
+    from luthier.adapters.export import find_certified
+    from luthier.adapters.merge import Stopped
+    from luthier.adapters.verify import MergeOptions, merge_run
+    from luthier.runs.run import open_run
+    from luthier.training.signals import EXIT_CODES, StopFlag
+
+    opened, stop = open_run(run), StopFlag()
+    certified = None if without_certificate else find_certified()
+    options = MergeOptions(certified, dtype, nf4, should_stop=lambda: bool(stop))
+    try:
+        with opened.lock(), heartbeat(f"merging {opened.id} and certifying the result", quiet=as_json), stop:
+            merged = merge_run(opened, output, options)
+    except Stopped:
+        if not as_json:
+            say("stopped while merging; nothing was left behind")
+        return EXIT_CODES[stop.reason or "SIGTERM"]
+    if as_json:
+        print_json({"run": opened.id, **_as_dict(merged)})
+    else:
+        _print(merged)
+    return 0
+
+
+def _as_dict(merged: Merged) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    certificate = merged.certificate.as_dict() if merged.certificate else None
+    return {"folder": str(merged.folder), **asdict(merged.facts), "certificate": certificate}
+
+
+def _print(merged: Merged) -> None:
+    from luthier.cli.ending import describe_certificate, print_claims
+
+    facts = merged.facts
+    if merged.certificate:
+        print_claims(merged.certificate)
+        say(describe_certificate(merged.certificate))
+    else:
+        warn("no certificate: nothing was checked, and the run's lineage says so")
+    if facts.lost_share > _LOST:
+        warn(f"rounding took {facts.lost_share:.0%} of the update away; --dtype fp32 keeps it")
+    what = f"{facts.adapted} tensors changed" + (f", {facts.replaced} replaced" if facts.replaced else "")
+    say(f"merged: {merged.folder} ({facts.tensors} tensors, {what}, {facts.size_bytes / 1e9:.2f} GB)")

@@ -1,0 +1,40 @@
+"""`luthier verify`: whether the result of a run is what was trained, found out by another process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from luthier.cli.output import Command, heartbeat, print_json, say
+
+
+@click.command("verify", cls=Command)
+@click.argument("run")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Ask about these too: a prompt on each line, or JSON rows with `prompt` or `messages`.",
+)
+def command(run: str, prompts: Path | None, as_json: bool) -> int:
+    """Hold the result of RUN against what the live model said, and write its certificate.
+
+    A process of its own reads what lies on disk: the final weights, and the model merged from them in the run folder.
+    """
+    from luthier.adapters.certificate import CERTIFICATE
+    from luthier.adapters.verify import verify_run
+    from luthier.cli.ending import describe_certificate, print_claims
+    from luthier.runs.run import open_run
+
+    opened = open_run(run)
+    with heartbeat(f"certifying {opened.id}", quiet=as_json):
+        certificate = verify_run(opened, prompts=prompts)
+    path = opened.folder / CERTIFICATE
+    if as_json:
+        print_json({"run": opened.id, "path": str(path), **certificate.as_dict()})
+    else:
+        print_claims(certificate)
+        say(describe_certificate(certificate))
+        say(f"written: {path}")
+    return 0 if certificate.is_valid else 1
