@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from luthier.workflow import prepare_data
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*.toml"))
 DEMO_DATA = {"sft": "train.jsonl", "dpo": "preference.jsonl", "pretrain": "domain.jsonl"}
 Captured = pytest.CaptureFixture[str]
-quiet = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 DEMOS = [name for name in NAMES if name.startswith("demo-")]
 
 
@@ -68,6 +68,16 @@ def test_a_demo_recipe_keeps_its_data_promise(
 # -- training ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A model this small is no slower with one thread, and does not wait where other tests have the cores."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def call(capsys: Captured, *arguments: str) -> Any:
     """What a command says in JSON; it must succeed."""
     capsys.readouterr()
@@ -88,11 +98,11 @@ def exact_match(capsys: Captured, root: Path, model: str) -> tuple[int, int]:
     return found["right"], found["rows"]
 
 
-@quiet
 @pytest.mark.torch
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains_on_the_practice_model(name: str, root: Path, tmp_path: Path, capsys: Captured) -> None:
-    pytest.importorskip("torch")
     spec = load_recipe(name)[0]
     data = root / "examples" / "demo" / DEMO_DATA[spec.objective.kind]
     short = ["--model", "practice", "--data", str(data), "--examples", "60", "--steps", "2"]
@@ -101,12 +111,12 @@ def test_a_recipe_trains_on_the_practice_model(name: str, root: Path, tmp_path: 
     assert Path(done["final"]).is_dir()
 
 
-@quiet
-@pytest.mark.slow
 @pytest.mark.torch
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["demo-full", "demo-lora", "demo-qlora"])
 def test_an_sft_recipe_keeps_its_promise(name: str, root: Path, tmp_path: Path, capsys: Captured) -> None:
-    pytest.importorskip("torch")
     promised = re.search(r"exact match from (\d+) of 200 to at least (\d+) of 200", load_recipe(name)[0].about.promise)
     assert promised
     assert int(promised[1]) < 20
@@ -118,11 +128,11 @@ def test_an_sft_recipe_keeps_its_promise(name: str, root: Path, tmp_path: Path, 
     assert right >= int(promised[2])
 
 
-@quiet
-@pytest.mark.slow
 @pytest.mark.torch
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.slow
 def test_the_pretraining_recipe_keeps_its_promise(root: Path, tmp_path: Path, capsys: Captured) -> None:
-    pytest.importorskip("torch")
     about = load_recipe("demo-pretrain")[0].about
     promised = re.search(r"perplexity of the (\d+) held-out texts from over ([\d,]+) to under (\d+)", about.promise)
     assert promised
@@ -134,11 +144,11 @@ def test_the_pretraining_recipe_keeps_its_promise(root: Path, tmp_path: Path, ca
     assert tuned["loss"] == pytest.approx(done["valid"]["loss"], rel=0.02)
 
 
-@quiet
-@pytest.mark.slow
 @pytest.mark.torch
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.slow
 def test_the_dpo_recipe_keeps_its_promise(root: Path, tmp_path: Path, capsys: Captured) -> None:
-    pytest.importorskip("torch")
     about = load_recipe("demo-dpo")[0].about
     promised = re.search(r"wins in at least (\d+) of the (\d+) held-out pairs", about.promise)
     assert promised
@@ -147,11 +157,11 @@ def test_the_dpo_recipe_keeps_its_promise(root: Path, tmp_path: Path, capsys: Ca
     assert done["valid"]["metrics"]["reward_margin"] > 1
 
 
-@quiet
-@pytest.mark.slow
 @pytest.mark.torch
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.slow
 def test_dpo_after_sft_turns_a_chatty_model_into_a_strict_one(root: Path, tmp_path: Path, capsys: Captured) -> None:
-    pytest.importorskip("torch")
     chatty = str(root / "examples" / "demo" / "chatty.jsonl")
     before = train(capsys, root, tmp_path / "sft", "demo-lora", "--data", chatty)
     right, rows = exact_match(capsys, root, before["folder"])

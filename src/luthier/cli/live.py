@@ -252,4 +252,5 @@ def _print_end(run: Run, trained: Trained, *, as_json: bool) -> None:
         say(_while_merging(run))
     say(f"  model    {run.model_id}")
     say(f"  cost     {_span(progress.seconds)} of training, {progress.tokens:,} tokens, {speed:,.0f} tokens/s")
-    say(f"next:  luthier evaluate {run.folder} --data FILE")
+    rows = "--data FILE" if run.spec.data.valid == 0 else "--base-too"
+    say(f"next:  luthier evaluate {run.folder} {rows}")

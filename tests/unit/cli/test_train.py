@@ -33,6 +33,7 @@ def run_of(folder: Path) -> Run:
     return Run(found)
 
 
+@pytest.mark.slow
 def test_a_run_from_start_to_end(tmp_path: Path, capsys: Captured) -> None:
     assert main(["train", str(write_spec(tmp_path))]) == 0
     out, err = capsys.readouterr()
@@ -45,7 +46,7 @@ def test_a_run_from_start_to_end(tmp_path: Path, capsys: Captured) -> None:
     assert after[1] == f"  weights  {run.folder}/final_lora_weights"
     assert after[2] == f"  model    {run.model_id}"
     assert after[3].startswith("  cost     ")
-    assert after[4] == f"next:  luthier evaluate {run.folder} --data FILE"
+    assert after[4] == f"next:  luthier evaluate {run.folder} --base-too"
     assert main(["resume", run.id]) == 1
     err = capsys.readouterr().err
     assert f"error: {run.id} is finished; there is nothing to resume" in err
