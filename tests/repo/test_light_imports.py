@@ -138,6 +138,7 @@ def test_command_line_and_spec_need_no_arrays(tmp_path: Path) -> None:
     assert not {name.partition(".")[0] for name in found["modules"]} & (HEAVY | ARRAYS)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_importing_the_torch_engine_does_no_work(tmp_path: Path) -> None:
     found = _imported(IMPORT_ENGINE, tmp_path)

@@ -35,6 +35,7 @@ def run_of(folder: Path) -> Run:
     return Run(found)
 
 
+@pytest.mark.slow
 def test_a_run_from_start_to_end(tmp_path: Path, capsys: Captured) -> None:
     assert main(["train", str(write_spec(tmp_path))]) == 0
     out, err = capsys.readouterr()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from luthier.errors import ModelError
-from luthier.runs.resolve import AdapterRef, find_resolved, practice_folder, resolve_model
+from luthier.runs.resolve import AdapterRef, find_resolved, find_run, practice_folder, resolve_model, resolve_start
 from luthier.runs.run import Run
 from tests.unit.runs.made import build_spec, finish, make_run, write_rows
 
@@ -80,6 +80,33 @@ def test_a_full_run_is_a_model_of_its_own(rows: Path, tmp_path: Path) -> None:
     finish(after)
     assert find_resolved(after.id).folder.resolve() == final.resolve()
     assert after.lineage["parents"] == [full.id]
+
+
+def test_what_a_model_started_from(run: Run, rows: Path, tmp_path: Path) -> None:
+    second = make_run(tmp_path / "runs", build_spec(rows, run.model_id, method={"kind": "full"}))
+    finish(second)
+    found = [find_resolved(name, with_weights=True) for name in (second.id, run.id)]
+    assert [each.id for each in map(find_run, found) if each] == [second.id, run.id]
+    assert resolve_start(found[0]) == found[1]
+    assert resolve_start(found[1]).folder == practice_folder()
+    assert resolve_start(found[1]).adapters == ()
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(run.folder / "final_lora_weights", elsewhere)
+    adapter = find_resolved(str(elsewhere))
+    assert find_run(adapter) is None
+    assert resolve_start(adapter).folder == practice_folder()
+    base = find_resolved("practice")
+    assert find_run(base) is None
+    with pytest.raises(ModelError, match="practice is a base model"):
+        resolve_start(base)
+
+
+def test_how_the_base_was_quantised_is_told(rows: Path, tmp_path: Path) -> None:
+    for double in (True, False):
+        method = {"kind": "qlora", "targets": ["q_proj"], "double_quant": double}
+        made = make_run(tmp_path / "runs", build_spec(rows, method=method))
+        finish(made)
+        assert [each.double_quant for each in find_resolved(made.id).adapters] == [double]
 
 
 def test_a_checkpoint_is_an_adapter_of_its_run(run: Run) -> None:

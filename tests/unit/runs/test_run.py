@@ -93,6 +93,13 @@ def test_final_weights_count_once_they_are_sealed(run: Run) -> None:
     assert finish(run) == run.final_weights
 
 
+def test_the_rows_held_out_are_those_of_the_ledger(run: Run) -> None:
+    held = run.held_out_rows()
+    assert len(held) == 2
+    entries = [json.loads(line) for line in (run.folder / "ledger.jsonl").read_text().splitlines()]
+    assert held == {("rows.jsonl", entry["line"]) for entry in entries if entry["place"] == "valid"}
+
+
 def _hold(folder: Path, ready: object, done: object) -> None:
     with Run(folder).lock():
         ready.set()  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from luthier.cli.output import Command, print_json, print_table, progress_bar, say
+from luthier.cli.output import Command, print_json, print_table, progress_bar, say, warn
 
 if TYPE_CHECKING:
     from luthier.evals.exact_match import Answer, ExactMatch
@@ -34,6 +34,9 @@ _ANSWER = 300
     metavar="N",
     help="Wrong answers to show.",
 )
+@click.option(
+    "--at-least", type=click.FloatRange(0, 1), metavar="SHARE", help="Exit with 1 when the exact match is lower."
+)
 def command(
     model: str,
     data: str | None,
@@ -43,8 +46,9 @@ def command(
     max_tokens: int | None,
     chat_template: str | None,
     shown: int,
+    at_least: float | None,
     as_json: bool,
-) -> None:
+) -> int:
     """Measure MODEL on held-out rows: exact match of its answers, and perplexity where rows are plain text.
 
     MODEL is a run, an adapter, a model folder, an ft: id, a hub id or `practice`. Each conversation is asked up to its
@@ -58,14 +62,19 @@ def command(
     wanted = Evaluation(data, rows, max_tokens, chat_template)
     with progress_bar("answering", quiet=as_json) as progress:
         found = evaluate_models(model, wanted, base_too=base_too, against=against, progress=progress)
+    exact = found[0].exact
+    is_low = at_least is not None and (exact is None or exact.share < at_least)
     if as_json:
-        print_json({"data": data, "models": [_as_dict(each, shown) for each in found]})
-        return
+        print_json({"ok": not is_low, "data": data, "models": [_as_dict(each, shown) for each in found]})
+        return int(is_low)
     _print_exact([(each.model, each.exact) for each in found if each.exact])
     _print_perplexity([(each.model, each.perplexity) for each in found if each.perplexity])
     _print_notes(found)
-    if found[0].exact:
-        _print_wrong(found[0].exact, shown)
+    if exact:
+        _print_wrong(exact, shown)
+    if is_low:
+        warn(f"the exact match is lower than --at-least {at_least:g}")
+    return int(is_low)
 
 
 def _as_dict(found: Evaluated, wrong: int) -> dict[str, Any]:

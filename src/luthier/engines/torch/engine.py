@@ -67,7 +67,9 @@ class TorchEngine:
         }
         self._masters = Masters(trained | loaded.whole)
         self._stepper = Stepper(plan.spec.optim.kind, self._masters, scales_loss=loaded.dtype == torch.float16)
-        self._recomputes = plan.spec.compute.recompute == "always"
+        if loaded.adapters:
+            # The first copy for a checkpoint would wait for fresh memory: it is asked for now, and kept when freed.
+            [_taken(self._masters.named()) for _ in range(3)]
 
     @property
     def facts(self) -> EngineFacts:

@@ -29,6 +29,7 @@ from tests.unit.engines.tiny import (
 
 torch = pytest.importorskip("torch")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.torch,
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:Model has `tie_word"),
 ]

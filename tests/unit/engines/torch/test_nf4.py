@@ -27,7 +27,11 @@ from tests.unit.engines.tiny import (
 )
 
 torch = pytest.importorskip("torch")
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 TOKENS = np.random.default_rng(4).integers(3, VOCAB, 19)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_prompts_are_grouped_by_length_within_a_budget() -> None:
         longest = max(len(prompts[number]) for number in group)
         assert len(group) == 1 or (len(group) <= 256 and len(group) * (longest + 100) <= 32_768)
     edges = [(max(len(prompts[n]) for n in group), min(len(prompts[n]) for n in group)) for group in groups]
-    assert all(before[1] >= after[0] for before, after in zip(edges, edges[1:], strict=False))
+    assert all(before[1] >= after[0] for before, after in pairwise(edges))
     assert len(list(_groups([[1]] * 600, 1))) == 3
     assert list(_groups([[1] * 50_000, [1]], 10)) == [[0], [1]]
 

@@ -22,7 +22,7 @@ from tests.unit.engines.tiny import (
 )
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
 KINDS = ("adamw", "adam", "adamw_8bit", "adafactor")
 ITEMS = draw_items(12, 17, 9, 25)
 TRAINED = sum(item.trained_tokens for item in ITEMS)
