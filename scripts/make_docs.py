@@ -316,6 +316,7 @@ def _sentence(path: Path) -> str:
 
 # -- outputs in the guides -----------------------------------------------------------------------------------------
 
+_PROGRESS = re.compile(r"[a-z ]+: +\d+%  [\d,]+ rows  ")
 _CONSOLE = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.S | re.M)
 
 
@@ -348,7 +349,9 @@ def _run(command: str) -> str:
         )
     if done.returncode not in (0, 1, 2):
         raise SystemExit(f"{command}: exit code {done.returncode}\n{done.stdout}")
-    return f"$ {command}\n{done.stdout.rstrip()}\n"
+    # On a slow machine a command tells how far it is, which is no part of what it says.
+    said = [line for line in done.stdout.rstrip().split("\n") if not _PROGRESS.match(line)]
+    return "\n".join([f"$ {command}", *said, ""])
 
 
 if __name__ == "__main__":
