@@ -23,6 +23,26 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 _KEY_WORDS = ("API_KEY", "_TOKEN", "_SECRET")
 _LOOPBACK = ("127.", "::1", "localhost")
+# Whole folders and files that load models in nearly every test: `make test` runs them, `make test-fast` does not.
+_SLOW_PLACES = (
+    "runs/",
+    "unit/adapters/",
+    "unit/engines/",
+    "unit/evals/",
+    "unit/training/test_finish.py",
+    "unit/training/test_session.py",
+    "unit/training/test_proofs.py",
+    "unit/cli/test_evaluate.py",
+    "unit/cli/test_compare.py",
+    "unit/cli/test_chat.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).as_posix().startswith(_SLOW_PLACES):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
