@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,8 +14,8 @@ import numpy.typing as npt
 import orjson
 
 from luthier.errors import CallError, ModelError
-from luthier.runs.manifest import MANIFEST, reserve_check, seal
-from luthier.weights.peft import CONFIG, AdapterConfig, read_adapter
+from luthier.runs.manifest import reserve_check, seal
+from luthier.weights.peft import AdapterConfig, read_adapter
 from luthier.weights.shards import (
     FLOATS,
     Floats,
@@ -29,11 +28,10 @@ from luthier.weights.shards import (
     write_tensor_file,
 )
 from luthier.weights.tensors import INDEX, WHOLE, read_config
+from luthier.weights.text_files import copy_text_files
 
 DTYPES = {"fp32": ("F32", "float32"), "bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16")}
 # What a model folder has besides weights; the base's own card and code are not the merged model's.
-_TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
-_LEFT_BEHIND = (INDEX, MANIFEST, CONFIG, "certificate.json")
 _EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "word_embeddings.weight", "wte.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
 _BLOCK_VALUES = 2 * 1024 * 1024  # fewer make many small products, which wait for each other on busy cores
@@ -142,7 +140,7 @@ def merge_adapter(
     reserve_check(out.parent, sum(entry.size_bytes for entry in job.layout().values()))
 
     def write(draft: Path) -> None:
-        _copy_text(base_folder, draft)
+        copy_text_files(base_folder, draft)
         _write_config(draft, config, dtype, parts=head == "parted")
         _write_weights(job, draft)
         if finish:
@@ -351,15 +349,6 @@ def _poll(job: _Job) -> None:
 
 
 # -- the files beside the weights ------------------------------------------------------------------------------------
-
-
-def _copy_text(base: Path, draft: Path) -> None:
-    for pattern in _TEXT_FILES:
-        for path in sorted(base.glob(pattern)):
-            if path.is_file() and path.name not in _LEFT_BEHIND:
-                target = draft / path.relative_to(base)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
 
 
 def _write_config(draft: Path, config: dict[str, Any], dtype: str | None, *, parts: bool) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -279,6 +279,3 @@ class Prober(Protocol):
     def answer(self, prompts: Sequence[Ints], tokens: int) -> list[list[int]]:
         """The likeliest tokens behind each prompt."""
         ...
-
-
-Build = Callable[..., Any]

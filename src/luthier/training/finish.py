@@ -29,6 +29,7 @@ from luthier.weights.card import CardFacts, write_card
 from luthier.weights.peft import read_adapter
 from luthier.weights.shards import read_model_files
 from luthier.weights.tensors import read_config
+from luthier.weights.text_files import copy_text_files
 
 
 def write_results(
@@ -44,7 +45,7 @@ def write_results(
         weights.write(draft)
         check_learned(draft, None if is_adapter else resolved.folder)
         if not is_adapter:
-            copy_tokenizer(resolved.folder, draft)
+            copy_text_files(resolved.folder, draft)
             copy_template(plan.spec.model.chat_template, draft)
         write_card(draft, _card(run, plan, resolved, metrics))
 
@@ -120,15 +121,6 @@ def _compare(folder: Path, base: Path) -> tuple[list[str], bool]:
             if not has_moved and name in before:
                 has_moved = not np.array_equal(values, before[name].read_floats(name))
     return broken, has_moved
-
-
-def copy_tokenizer(base: Path, folder: Path) -> None:
-    """The base's text files beside weights that were written without them."""
-    for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer.model"):
-        for path in sorted(base.glob(pattern)):
-            is_of_weights = path.name.endswith(".index.json") or path.name in ("manifest.json", "certificate.json")
-            if path.is_file() and not is_of_weights and not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
 
 
 def copy_template(template: str | None, folder: Path) -> None:
