@@ -8,13 +8,15 @@ EXTRAS := fast,parquet,zstd,hf,torch,gguf,dev,bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # More arguments for the one install of torch, for instance an index that has the build for this machine.
 TORCH_ARGS ?=
+# The engine of `make genrm`.
+ENGINE ?= torch
 # More arguments for pytest, for instance ARGS="-k mask".
 ARGS ?=
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check lint fix golden docs docs-check constraints bench-data bench-train-cpu soak
+.PHONY: help setup demo genrm test test-fast check lint fix golden docs docs-check constraints bench-data bench-train-cpu soak
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +37,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup  ## the main job on the practice model: check data, show what is trained, fine-tune by QLoRA, measure
 	@PATH="$(abspath $(BIN)):$$PATH" bash scripts/demo.sh
+
+genrm: setup  ## a judge of answers on the practice model, from raw rows to certificate; ENGINE=mlx for that engine
+	@PATH="$(abspath $(BIN)):$$PATH" bash examples/genrm/run.sh $(ENGINE)
 
 test: setup lint  ## everything: linters, types, layers, generated docs, then all tests
 	@$(PYTEST) $(ARGS)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from luthier.evals.exact_match import ExactMatch
     from luthier.evals.heldout import Place
     from luthier.evals.perplexity import Perplexity
+    from luthier.evals.scores import Scores
     from luthier.reports.verdict import Verdict
     from luthier.reports.write import ReportPaths
     from luthier.training.passes import Watch
@@ -221,12 +222,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What came of it: exact match on rows that end with an answer, perplexity on plain texts."""
+    """What came of it: exact match on rows that end with an answer, their scores too, perplexity on plain texts."""
 
     model: str
     exact: ExactMatch | None
     perplexity: Perplexity | None
     left_out: dict[str, int]
+    scores: Scores | None = None
 
 
 def evaluate_models(
@@ -267,6 +269,7 @@ def _evaluate(
     from luthier.evals.exact_match import measure_exact_match
     from luthier.evals.heldout import read_held_out
     from luthier.evals.perplexity import measure_perplexity
+    from luthier.evals.scores import find_scores
 
     source, only = rows
     options = ReadOptions(
@@ -283,9 +286,10 @@ def _evaluate(
             progress(done, done, count)
 
     sampler = load_sampler(resolved, luthier_home())
-    exact = perplexity = None
+    exact = perplexity = scores = None
     if held_out.questions:
         exact = measure_exact_match(sampler, held_out, max_tokens=wanted.max_tokens, tick=tick)
+        scores = find_scores(exact, held_out.marks)
     if held_out.texts:
         perplexity = measure_perplexity(sampler, held_out)
-    return Evaluated(resolved.name, exact, perplexity, held_out.left_out)
+    return Evaluated(resolved.name, exact, perplexity, held_out.left_out, scores)

@@ -22,7 +22,7 @@ DEMOS = [name for name in NAMES if name.startswith("demo-")]
 
 
 def test_all_recipes_are_found() -> None:
-    assert len(NAMES) >= 8
+    assert len(NAMES) >= 12
     assert list_recipes() == NAMES
     assert len(DEMOS) >= 5
 
@@ -35,7 +35,7 @@ def test_recipe_loads_and_promises(name: str, root: Path) -> None:
         assert part
         assert len(part) < 160
     assert about.command.endswith(f"{name}.toml")
-    assert spec.method.kind in name or spec.objective.kind in name
+    assert spec.method.kind in name or spec.objective.kind in name or name.startswith("genrm-")
     assert re.search(r'^train = ".*" +# (change it to your own rows|relative to this file: )', text, re.M), (
         "the owner of a copy must know what to edit"
     )
@@ -105,8 +105,10 @@ def exact_match(capsys: Captured, root: Path, model: str) -> tuple[int, int]:
 def test_a_recipe_trains_on_the_practice_model(name: str, root: Path, tmp_path: Path, capsys: Captured) -> None:
     spec = load_recipe(name)[0]
     data = root / "examples" / "demo" / DEMO_DATA[spec.objective.kind]
-    short = ["--model", "practice", "--data", str(data), "--examples", "60", "--steps", "2"]
-    done = train(capsys, root, tmp_path, name, *short)
+    short = ["--model", "practice", "--data", str(data), "--valid", "0.05", "--examples", "60", "--steps", "2"]
+    # Two steps move a model less than a merge may round; a recipe for another engine trains there by tests of its own.
+    here = ["--engine", "torch", "--set", "output.merge=false"]
+    done = train(capsys, root, tmp_path, name, *short, *here)
     assert (done["state"], done["step"]) == ("finished", 2)
     assert Path(done["final"]).is_dir()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +14,11 @@ from typing import IO, Any
 import orjson
 
 from luthier.data.formats import FORMATS, Format, chat, preference, text
+from luthier.data.judging import Judging, Tally, judge_row
 from luthier.data.prepare import Progress
 from luthier.data.prepared import Prepared
 from luthier.data.reasons import RowError
-from luthier.data.rows import RowReader
+from luthier.data.rows import RowReader, describe_rejected
 from luthier.data.source import Row, Source
 from luthier.errors import CallError, LedgerError, LuthierError, StorageError
 
@@ -37,10 +38,38 @@ class Written:
 def convert_rows(
     source: Source, reader: RowReader, to: str, out: Path, *, limit: int | None = None, progress: Progress | None = None
 ) -> Written:
-    """Write every good row to `out` in the format `to` (`canonical`: the format of its kind), bad ones beside it.
+    """Write at most `limit` good rows to `out` in the format `to` (`canonical`: the format of its kind)."""
 
-    `limit` is the number of rows written at most. Bad rows go to `<out>.rejected.jsonl`, which exists only if there
-    are any.
+    def convert(row: Row, _: str) -> list[dict[str, Any]]:
+        example = reader.example(row)
+        target: Format = _CANONICAL[example.kind] if to == "canonical" else FORMATS[to]
+        return [target.write(example)]
+
+    return write_rows(source, convert, out, limit=limit, progress=progress)
+
+
+def judge_rows(
+    source: Source, judging: Judging, out: Path, *, limit: int | None = None, progress: Progress | None = None
+) -> tuple[Written, Tally]:
+    """Write the answers of every good row to `out` as conversations of a judge; `limit` rows at most."""
+    tally = Tally()
+    done = write_rows(
+        source, lambda row, place: judge_row(row, place, judging, tally), out, limit=limit, progress=progress
+    )
+    return done, tally
+
+
+def write_rows(
+    source: Source,
+    make: Callable[[Row, str], list[dict[str, Any]]],
+    out: Path,
+    *,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Written:
+    """Write what `make` makes of each row and its place; it raises RowError for a bad one.
+
+    Bad rows go to `<out>.rejected.jsonl`, which exists only if there are any.
     """
     _check_output(source, out)
     done = Written()
@@ -50,16 +79,16 @@ def convert_rows(
             seen_bytes += block.read_bytes
             if progress:
                 progress(done.rows, seen_bytes, source.size_bytes)
+            name = source.names[block.file]
             for line, row in zip(block.lines, block.rows, strict=True):
                 done.rows += 1
                 try:
-                    example = reader.example(row)
-                    target: Format = _CANONICAL[example.kind] if to == "canonical" else FORMATS[to]
-                    file.write(orjson.dumps(target.write(example), option=orjson.OPT_APPEND_NEWLINE))
+                    for each in make(row, f"{name}:{line}"):
+                        file.write(orjson.dumps(each, option=orjson.OPT_APPEND_NEWLINE))
                     done.written += 1
                 except RowError as error:
                     done.reasons[error.reason] = done.reasons.get(error.reason, 0) + 1
-                    entry = reader.rejected(block.file, line, row, error)
+                    entry = describe_rejected(name, line, row, error)
                     done.rejected.append({key: entry[key] for key in ("file", "line", "reason", "message")})
                     refuse(entry)
                 if done.written == limit:

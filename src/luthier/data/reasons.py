@@ -46,6 +46,8 @@ _ALL = (
     Reason("duplicate", "the same row stands earlier", is_malformed=False),
     Reason("in_validation", "the same row, or another of its group, stands in the validation file", is_malformed=False),
     Reason("too_long", "longer than data.max_length", is_malformed=False),
+    Reason("score_off_scale", "the score is not on the scale that scores are read by"),
+    Reason("chosen_scores_lower", "the preferred answer has a lower score than the other one"),
 )
 REASONS = {reason.name: reason for reason in _ALL}
 REASON_CODES = {reason.name: code for code, reason in enumerate(_ALL, 1)}

@@ -219,8 +219,7 @@ class RowReader:
 
     def rejected(self, file: int, line: int, row: Row, error: RowError) -> dict[str, Any]:
         """An entry of rejected.jsonl: the place, the reason, and the row as it came."""
-        entry = {"file": self._names[file], "line": line, "reason": error.reason, "message": error.message}
-        return entry | _kept(row)
+        return describe_rejected(self._names[file], line, row, error)
 
     def _columns(self, block: Block, draft: _Draft) -> RowBatch:
         sequences = [sequence for part in draft.parts for sequence in part]
@@ -348,6 +347,11 @@ def _build_renderer(text: ModelText, options: ReadOptions) -> Renderer:
         unroll=options.data.unroll,
         learn=options.learn_shapes,
     )
+
+
+def describe_rejected(name: str, line: int, row: Row, error: RowError) -> dict[str, Any]:
+    """An entry of rejected.jsonl: the place, the reason, and the row as it came."""
+    return {"file": name, "line": line, "reason": error.reason, "message": error.message} | _kept(row)
 
 
 def _kept(row: Row) -> dict[str, Any]:

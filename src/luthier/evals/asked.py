@@ -12,6 +12,7 @@ import numpy as np
 
 from luthier.data.example import Conversation, Example, Message, Preference, Text
 from luthier.data.hashes import content_hash, prompt_hash
+from luthier.data.judging import Marks, read_marks
 from luthier.data.reasons import RowError, list_counts
 from luthier.data.rows import ReadOptions, RowReader
 from luthier.data.source import Row, Source
@@ -52,6 +53,7 @@ class Asked:
     asks: int
     """Hash of what the person says in it."""
     ids: list[int] = field(default_factory=list)
+    marks: Marks = field(default_factory=Marks)
 
     @property
     def is_asked(self) -> bool:
@@ -141,7 +143,7 @@ def _of_row(reader: RowReader, place: Place, row: Row, ends: set[str]) -> Asked:
         return Asked(place, [], "", None, texts, *hashes)
     question = reader.question(row)
     ends.add(question.end)
-    return Asked(place, _messages_of(example), question.prompt, question.answer, texts, *hashes)
+    return Asked(place, _messages_of(example), question.prompt, question.answer, texts, *hashes, marks=read_marks(row))
 
 
 def _messages_of(example: Example) -> list[Message]:

@@ -23,10 +23,11 @@ from luthier.evals.contamination import Overlap, find_overlap
 from luthier.evals.forgetting import MAX_LENGTH, METRIC, find_general, read_general
 from luthier.evals.heldout import find_rows, find_template
 from luthier.evals.judge import Judge, Pair, judge_pairs
-from luthier.evals.metrics import Checks, Measure, measure_answers, measure_drift
+from luthier.evals.metrics import Checks, measure_answers, measure_drift
 from luthier.evals.parroting import list_hashes, list_repeats
 from luthier.evals.prompts import Prompt, list_default_prompts, read_prompts
-from luthier.evals.statistics import Floats, compare_means
+from luthier.evals.scores import BETTER
+from luthier.evals.statistics import Floats, Measure, compare_means
 from luthier.evals.verdict import describe
 from luthier.runs.manifest import write_durably
 from luthier.runs.resolve import ResolvedModel, find_resolved, find_run, resolve_start
@@ -204,7 +205,8 @@ def _measure(sides: _Sides, run: Run | None, wanted: Wanted, home: Path, tick: T
     references = [each.reference for each in sides.asked]
     answers = said[0].answers, said[1].answers
     seed = wanted.params.seed
-    measures = measure_answers(references, answers, wanted.checks, seed=seed) if sides.asked else []
+    marks = [each.marks for each in sides.asked]
+    measures = measure_answers(references, answers, wanted.checks, marks, seed=seed) if sides.asked else []
     details: dict[str, Any] = {}
     if wanted.judge and sides.asked and not sides.is_alone:
         measures.insert(0, _judge(sides, answers, wanted.judge, home, details, seed=seed, tick=tick))
@@ -364,7 +366,7 @@ def _choose_scores(sides: _Sides, found: _Found) -> tuple[str | None, tuple[Floa
         values = each.base, each.tuned
         if each.name == LOSS and found.scored == sides.asked:
             return "likelihood of the reference", (-values[0], -values[1])
-        is_of_answers = each.name not in (LOSS, PAIRS, METRIC)
+        is_of_answers = each.name not in (LOSS, PAIRS, BETTER, METRIC)
         if is_of_answers and len(values[0]) == len(sides.asked) and np.ptp(np.concatenate(values)) > 0:
             sign = 1 if each.difference.is_higher_better else -1
             return each.name, (values[0] * sign, values[1] * sign)

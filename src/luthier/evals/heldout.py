@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from luthier.data.example import Text
+from luthier.data.judging import Marks, read_marks
 from luthier.data.reasons import RowError, list_counts
 from luthier.data.render import Question
 from luthier.data.rows import ReadOptions, RowReader
@@ -29,6 +30,8 @@ class HeldOut:
     questions: list[tuple[Place, Question]] = field(default_factory=list)
     texts: list[list[int]] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
+    marks: list[Marks] = field(default_factory=list)
+    """Of each question, in their order."""
 
     def stop_tokens(self) -> tuple[int, ...]:
         """What ends an answer: the ends of the turns as rendered, and what the model's folder says."""
@@ -54,6 +57,7 @@ def read_held_out(
                 texts.append(found.reader.sequences(row)[0][0].text)
             else:
                 found.questions.append((place, found.reader.question(row)))
+                found.marks.append(read_marks(row))
         except RowError as error:
             found.left_out[error.reason] = found.left_out.get(error.reason, 0) + 1
     found.texts.extend(found.encode(texts))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +10,12 @@ from typing import Any
 import numpy as np
 import orjson
 
+from luthier.data.judging import Marks
 from luthier.evals.exact_match import said
 from luthier.evals.schema import is_valid
-from luthier.evals.statistics import Difference, Floats, Ints, compare_means, compare_statistic, spearman
+from luthier.evals.scores import is_score, measure_scores
+from luthier.evals.statistics import Difference, Floats, Measure, compare_means
 
-_NUMBER = r"(-?\d+(?:,\d{3})*(?:\.\d+)?)"
-_OF = r"(?:\s*(?:/|out of)\s*\d+(?:\.\d+)?)?"
-_ANY_NUMBER = re.compile(r"(?<![\w.])" + _NUMBER + _OF)
-_LABEL = r"\W*(?:(?:final|overall|the)\s+)*(?:score|rating|reward|grade|answer|result)(?:\s+is)?\W*"
-_BARE_SCORE = re.compile(rf"\W*?{_NUMBER}{_OF}\W*")
-_LABELLED_SCORE = re.compile(rf"(?:{_LABEL}|.*\\boxed\{{){_NUMBER}{_OF}(?:\W*|\W*</\w+>\W*)", re.I)
 _REFUSAL = re.compile(
     r"\W*(?:(?:i'?m|i am)\s+(?:very\s+|really\s+)?(?:sorry|afraid|unable)|sorry\b|i\s+apologi[sz]e"
     r"|i\s+(?:can'?t|cannot|can not|won'?t|will not|could not|couldn'?t)\s+(?:\w+\s+)?"
@@ -30,16 +25,6 @@ _REFUSAL = re.compile(
 )
 # A reference longer than this is prose, which nobody repeats to the letter.
 _PROSE_CHARACTERS = 100
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One metric of both models, a value for each row, larger or smaller the better."""
-
-    name: str
-    base: Floats
-    tuned: Floats
-    difference: Difference
 
 
 @dataclass(frozen=True)
@@ -78,25 +63,11 @@ def count_words(answer: str) -> int:
     return len(said(answer).split())
 
 
-def find_score(answer: str) -> float:
-    """The last number that an answer says, `7 out of 10` being 7; NaN where it says none."""
-    found = _ANY_NUMBER.findall(said(answer))
-    return float(found[-1].replace(",", "")) if found else math.nan
-
-
-def is_score(reference: str) -> bool:
-    """Whether a reference comes down to a number: alone, or behind a word such as `score` in its last line."""
-    lines = [line for line in said(reference).splitlines() if line.strip()]
-    if not lines:
-        return False
-    is_alone = len(lines) == 1 and _BARE_SCORE.fullmatch(lines[0]) is not None
-    return is_alone or _LABELLED_SCORE.fullmatch(lines[-1].strip()) is not None
-
-
 def measure_answers(
     references: Sequence[str | None],
     answers: tuple[Sequence[str], Sequence[str]],
     checks: Checks,
+    marks: Sequence[Marks] | None = None,
     *,
     seed: int = 0,
 ) -> list[Measure]:
@@ -105,7 +76,7 @@ def measure_answers(
     is_known = len(known) == len(references) > 0
     found: list[Measure] = []
     if is_known and all(map(is_score, known)):
-        found += measure_scores(known, answers, seed=seed)
+        found += measure_scores(known, answers, marks, seed=seed)
     elif is_known and (exact := _measure_exact(known, answers, seed)) is not None:
         found.append(exact)
     if checks.pattern is not None:
@@ -125,41 +96,6 @@ def measure_drift(answers: tuple[Sequence[str], Sequence[str]], *, seed: int = 0
         "words": _told(compare_means(*words, seed=seed), "longer", "shorter"),
         "refusals": _told(compare_means(*refusals, seed=seed), "more", "fewer"),
     }
-
-
-def measure_scores(
-    references: Sequence[str], answers: tuple[Sequence[str], Sequence[str]], *, seed: int = 0
-) -> list[Measure]:
-    """How well written numbers agree with the right ones: hits, mean error, and order (Spearman).
-
-    An answer without a number is wrong, is off by the whole range of the references, and ranks in their middle.
-    """
-    right = np.array([find_score(text) for text in references])
-    base, tuned = (np.array([find_score(text) for text in each]) for each in answers)
-    hits = [(each == right).astype(float) for each in (base, tuned)]
-    widest = max(float(right.max() - right.min()), 1.0)
-    errors = [np.where(np.isnan(each), widest, np.abs(each - right)) for each in (base, tuned)]
-    found = [
-        Measure("score accuracy", hits[0], hits[1], compare_means(*hits, seed=seed)),
-        Measure("score error", errors[0], errors[1], compare_means(*errors, is_higher_better=False, seed=seed)),
-    ]
-    if len(np.unique(right)) > 1:
-        filled = [np.where(np.isnan(each), np.median(right), each) for each in (base, tuned)]
-        found.append(
-            Measure("score order (Spearman)", filled[0], filled[1], _compare_order(right, filled, errors, seed))
-        )
-    return found
-
-
-def _compare_order(right: Floats, filled: list[Floats], errors: list[Floats], seed: int) -> Difference:
-    """Rows are won by the smaller error, because order is nothing that one row has."""
-
-    def order(values: Floats, drawn: Ints) -> float:
-        return spearman(values[drawn], right[drawn])
-
-    measured = compare_statistic(filled[0], filled[1], order, seed=seed)
-    near = compare_means(*errors, is_higher_better=False, seed=seed)
-    return Difference(measured.base, measured.tuned, measured.low, measured.high, near.wins, near.ties, near.losses)
 
 
 def _measure_exact(

@@ -78,6 +78,16 @@ class Difference:
         }
 
 
+@dataclass(frozen=True)
+class Measure:
+    """One metric of both models, a value for each row, larger or smaller the better."""
+
+    name: str
+    base: Floats
+    tuned: Floats
+    difference: Difference
+
+
 def draw_rows(count: int, draws: range, seed: int) -> Ints:
     """For each draw, as many rows as there are, some of them several times; a line of numbers for each."""
     places = np.arange(draws.start * count, draws.stop * count, dtype=np.uint64)

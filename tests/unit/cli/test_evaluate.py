@@ -91,6 +91,19 @@ def test_two_models_stand_beside_each_other(run: Path, tmp_path: Path, capsys: C
     assert "rows are right only with practice," in out[3]
 
 
+def test_scores_are_held_against_the_right_ones(tmp_path: Path, capsys: Captured) -> None:
+    """The practice model adds: a sum is a number, and so a score."""
+    marked = [{**row, "prompt_id": str(number // 2)} for number, row in enumerate(sums(8))]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [*marked, chat_row("What is 2 + 2?", "9")])
+    assert main(["evaluate", "practice", "--data", str(rows), "--wrong", "0"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "score right 95 % interval error Spearman better scored higher readable" in out
+    assert "88.9% 56.5% to 98.0% 0.556 0.971 100.0% of 4 100.0%" in out
+    assert main(["evaluate", "practice", "--data", str(rows), "--json"]) == 0
+    scores = read_json(capsys)["models"][0]["scores"]
+    assert (scores["rows"], scores["right"], scores["prompts"], scores["better_higher"]) == (9, 8, 4, 1)
+
+
 def test_plain_texts_are_measured_by_perplexity(tmp_path: Path, capsys: Captured) -> None:
     texts = [{"text": "The sailor and the baker came to the market together."}, {"text": "The park is full in spring."}]
     rows = str(write_jsonl(tmp_path / "rows.jsonl", [*texts, {"prompt": "a <|im_end|>", "completion": "b"}]))

@@ -16,8 +16,11 @@ from luthier.data.source import Block
 from luthier.spec.data import Data
 from tests.unit.data.hostile import HARMLESS, HOSTILE, chat
 
-# Reasons that one line cannot cause by itself, or not without a model.
-_ELSEWHERE = {"wrong_columns", "wrong_kind", "control_token", "template_refused"}
+# Reasons that one line cannot cause by itself, or not without a model, or only where scores are read.
+_ELSEWHERE = {
+    *("wrong_columns", "wrong_kind", "control_token", "template_refused"),
+    *("score_off_scale", "chosen_scores_lower"),
+}
 
 READER = RowReader(ReadOptions(Data()), ("rows.jsonl",))
 

@@ -1,4 +1,4 @@
-"""`luthier data`: check, show, split, prepare and convert training data."""
+"""`luthier data`: check, show, split, prepare, convert and judge training data."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from luthier.cli.flags import DATA_FLAGS, ROW_FLAGS, read_overrides, spec_flags
-from luthier.cli.output import Group, has_colour, print_json, progress_bar, say, warn
+from luthier.cli.output import Group, has_colour, paint, print_json, print_table, progress_bar, say, warn
 
 if TYPE_CHECKING:
+    from luthier.data.files import Written
+    from luthier.data.judging import Judging
     from luthier.data.rows import RowReader
     from luthier.data.show import ShownText
     from luthier.spec.run import RunSpec
 
 _LISTED = 10
+_TWO_OUTPUTS = "standard output cannot hold both the rows and a report"
 _hub_split = click.option("--split", metavar="NAME", help="Split of a hub dataset.")
 _out = click.option("-o", "--out", required=True, metavar="OUT.jsonl", help="File to write; `-` is standard output.")
 
 
 @click.group("data", cls=Group)
 def command() -> None:
-    """Check, show, split, prepare and convert training data."""
+    """Check, show, split, prepare and convert training data, and make that of a judge."""
 
 
 def _is_spec(file: str) -> bool:
@@ -269,6 +272,96 @@ def convert(
     return _convert(file, to, out, split, None, settings, as_json, flags)
 
 
+@command.command("judge")
+@click.argument("source")
+@_out
+@click.option("--scale", nargs=2, type=float, default=(1, 5), show_default=True, metavar="LOW HIGH", help="Scale.")
+@click.option("--source-scale", nargs=2, type=float, metavar="LOW HIGH", help="Scale of the rows, where it is another.")
+@click.option("--step", type=float, default=1, show_default=True, metavar="X", help="Scores are rounded to such steps.")
+@click.option(
+    "--template", metavar="FILE", help="What the judge is asked: {prompt}, {response}, {low}, {high}, {rubric}."
+)
+@click.option("--reply", metavar="TEXT", help="What it answers, instead of `{critique}\\nScore: {score}`.")
+@click.option("--rubric", metavar="FILE", help="What each score means: lines such as `5: right and complete`.")
+@click.option("--prompt-key", metavar="KEY", help="Key of the prompt, where it has no usual name.")
+@click.option("--response-key", metavar="KEY", help="Key of the answer.")
+@click.option("--score-key", metavar="KEY", help="Key of the score.")
+@click.option("--critique-key", metavar="KEY", help="Key of the critique.")
+@click.option("--max-examples", type=click.IntRange(1), metavar="N", help="Use the first N good rows only.")
+@_hub_split
+@spec_flags("max-rejected-share")
+def judge(
+    source: str,
+    out: str,
+    split: str | None,
+    max_examples: int | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+    **asked: Any,
+) -> int:
+    """Write scored answers or preference pairs as conversations of a judge: a critique, then a score.
+
+    SOURCE holds rows of a prompt, an answer and a score, or pairs of chosen and rejected, or both. A pair becomes two
+    conversations; without scores of its own the chosen answer gets the highest and the other the lowest. A row
+    without a critique gets the sentence that the rubric has for its score.
+    """
+    from luthier.data.files import judge_rows
+    from luthier.data.source import open_source
+    from luthier.errors import CallError
+
+    if as_json and out == "-":
+        raise CallError(_TWO_OUTPUTS, hint="give -o a file, or leave out --json")
+    limit_share = _spec_of(source, asked, settings).data.max_rejected_share
+    judging = _judging(asked)
+    with open_source(source, split=split) as rows, progress_bar("writing rows", quiet=as_json) as progress:
+        done, tally = judge_rows(rows, judging, Path(out), limit=max_examples, progress=progress)
+    found = tally.as_dict()
+    if not as_json and out != "-":
+        _print_judged(source, done, found)
+    return _end_writing(done, out, limit_share, as_json=as_json, more=found)
+
+
+def _judging(asked: dict[str, Any]) -> Judging:
+    """How answers become conversations, by the options that were given."""
+    from luthier.data.judging import REPLY, TEMPLATE, Judging, check_judging, read_rubric, read_template
+    from luthier.data.scored import Fields
+
+    low, high = asked["scale"]
+    made = Judging(
+        low,
+        high,
+        asked["step"],
+        tuple(asked["source_scale"]) if asked["source_scale"] else None,
+        read_template(Path(asked["template"])) if asked["template"] else TEMPLATE,
+        asked["reply"].replace("\\n", "\n") if asked["reply"] else REPLY,
+        read_rubric(Path(asked["rubric"])) if asked["rubric"] else {},
+        Fields(*(asked[f"{part}_key"] for part in ("prompt", "response", "score", "critique"))),
+    )
+    check_judging(made)
+    return made
+
+
+def _print_judged(source: str, done: Written, found: dict[str, Any]) -> None:
+    from luthier.data.reasons import REASONS
+
+    bad = done.rows - done.written
+    say(f"{done.rows:,} rows read from {source}")
+    places = [("judged", f"{done.written:,}", ""), ("dropped", f"{bad:,}", "")]
+    places += [(f"  {name}", f"{count:,}", REASONS[name].sentence) for name, count in done.reasons.items()]
+    print_table(places, right=(1,))
+    ledger = f"{done.written:,} + {bad:,} = {done.rows:,}: every row is in one place"
+    say(f"  {paint('ledger', '32')}  {ledger}")
+    pairs = f", {found['pairs']:,} rows being pairs of two answers" if found["pairs"] else ""
+    say(f"  conversations  {found['conversations']:,}{pairs}")
+    say("  scores  " + ", ".join(f"{count:,} of {score}" for score, count in found["scores"].items()))
+    critiques = found["critiques"]
+    say(f"  critiques  {critiques['own']:,} of the rows, {critiques['by_rubric']:,} by the rubric")
+    if found["rounded"]:
+        say(f"  note: {found['rounded']:,} scores were rounded to the scale's steps")
+    if found["contradicted"]:
+        say(f"  note: {found['contradicted']:,} answers stand there once more with another score")
+
+
 def _convert(
     file: str,
     to: str,
@@ -286,22 +379,26 @@ def _convert(
     from luthier.workflow import read_options
 
     if as_json and out == "-":
-        raise CallError(
-            "standard output cannot hold both the rows and a report", hint="give -o a file, or leave out --json"
-        )
+        raise CallError(_TWO_OUTPUTS, hint="give -o a file, or leave out --json")
     spec = _spec_of(file, flags, settings)
     with open_source(file, split=split) as source, progress_bar("writing rows", quiet=as_json) as progress:
         reader = RowReader(read_options(spec, with_model=False, any_kind=True), source.names)
         done = convert_rows(source, reader, to, Path(out), limit=limit, progress=progress)
+    if not as_json and out != "-":
+        say(f"{done.written:,} of {done.rows:,} rows written to {out}")
+    return _end_writing(done, out, spec.data.max_rejected_share, as_json=as_json)
+
+
+def _end_writing(
+    done: Written, out: str, limit_share: float, *, as_json: bool, more: dict[str, Any] | None = None
+) -> int:
+    """Name the rows that were not written, and return the exit code: 1 when they are more than the limit allows."""
     bad = done.rows - done.written
-    limit_share = spec.data.max_rejected_share
     is_clean = bad <= limit_share * done.rows and done.written > 0
     result = {"ok": is_clean, "rows": done.rows, "written": done.written, "reasons": done.reasons, "out": out}
     if as_json:
-        print_json({**result, "rejected": done.rejected})
+        print_json({**result, **(more or {}), "rejected": done.rejected})
         return 0 if is_clean else 1
-    if out != "-":
-        say(f"{done.written:,} of {done.rows:,} rows written to {out}")
     for entry in done.rejected[:_LISTED]:
         warn(_rejection(entry))
     if bad and out != "-":

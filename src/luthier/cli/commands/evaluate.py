@@ -11,6 +11,7 @@ from luthier.cli.output import Command, print_json, print_table, progress_bar, s
 if TYPE_CHECKING:
     from luthier.evals.exact_match import Answer, ExactMatch
     from luthier.evals.perplexity import Perplexity
+    from luthier.evals.scores import Scores
     from luthier.workflow import Evaluated
 
 _TAIL = 160
@@ -49,7 +50,7 @@ def command(
     at_least: float | None,
     as_json: bool,
 ) -> int:
-    """Measure MODEL on held-out rows: exact match of its answers, and perplexity where rows are plain text.
+    """Measure MODEL on held-out rows: exact match of its answers, scores they say, perplexity where rows are text.
 
     MODEL is a run, an adapter, a model folder, an ft: id, a hub id or `practice`. Each conversation is asked up to its
     last answer and answered greedily, up to the end of the turn. White space at the ends and thoughts do not count.
@@ -67,10 +68,12 @@ def command(
     if as_json:
         print_json({"ok": not is_low, "data": data, "models": [_as_dict(each, shown) for each in found]})
         return int(is_low)
-    _print_exact([(each.model, each.exact) for each in found if each.exact])
+    if _has_references(found[0]):
+        _print_exact([(each.model, each.exact) for each in found if each.exact])
+    _print_scores([(each.model, each.scores) for each in found if each.scores])
     _print_perplexity([(each.model, each.perplexity) for each in found if each.perplexity])
     _print_notes(found)
-    if exact:
+    if exact and _has_references(found[0]):
         _print_wrong(exact, shown)
     if is_low:
         warn(f"the exact match is lower than --at-least {at_least:g}")
@@ -81,9 +84,15 @@ def _as_dict(found: Evaluated, wrong: int) -> dict[str, Any]:
     return {
         "model": found.model,
         "exact_match": found.exact.as_dict(wrong=wrong) if found.exact else None,
+        "scores": found.scores.as_dict() if found.scores else None,
         "perplexity": found.perplexity.as_dict() if found.perplexity else None,
         "left_out": found.left_out,
     }
+
+
+def _has_references(found: Evaluated) -> bool:
+    """Whether the rows say what a right answer is; of pairs judged without scores only the order is known."""
+    return found.scores is None or len(found.scores.known) > 0
 
 
 def _print_exact(found: list[tuple[str, ExactMatch]]) -> None:
@@ -107,6 +116,23 @@ def _print_exact(found: list[tuple[str, ExactMatch]]) -> None:
     if len(found) > 1:
         gained, lost = count_changes(found[0][1], found[1][1])
         say(f"  {gained:,} rows are right only with {found[0][0]}, {lost:,} only with {found[1][0]}")
+
+
+def _print_scores(found: list[tuple[str, Scores]]) -> None:
+    """How well the scores that the answers say agree with the right ones; a dash where nothing is known of it."""
+    if not found:
+        return
+    head = ("model", "score right", "95 % interval", "error", "Spearman", "better scored higher", "readable")
+    lines = []
+    for name, scores in reversed(found):
+        facts = scores.as_dict()
+        of_known = ("-",) * 4
+        if "known" in facts:
+            interval = "{:.1%} to {:.1%}".format(*facts["interval_95"])
+            of_known = (f"{facts['accuracy']:.1%}", interval, f"{facts['error']:.3g}", f"{facts['spearman']:.3f}")
+        better = f"{facts['better_higher']:.1%} of {facts['prompts']:,}" if "prompts" in facts else "-"
+        lines.append((name, *of_known, better, f"{facts['readable']:.1%}"))
+    print_table([head, *lines], right=(1, 3, 4, 5, 6))
 
 
 def _print_perplexity(found: list[tuple[str, Perplexity]]) -> None:
