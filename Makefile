@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-EXTRAS := fast,parquet,zstd,hf,torch,gguf,dev,bench
+EXTRAS := fast,parquet,zstd,hf,torch,gguf,tensorboard,wandb,dev,bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # More arguments for the one install of torch, for instance an index that has the build for this machine.
 TORCH_ARGS ?=
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 	@echo "ready: $(BIN)/luthier --help"
 
-demo: setup  ## the main job on the practice model: check data, show what is trained, fine-tune by QLoRA, measure
+demo: setup  ## the main job on the practice model: check data, show what is trained, fine-tune by QLoRA, certify, compare, report
 	@PATH="$(abspath $(BIN)):$$PATH" bash scripts/demo.sh
 
 genrm: setup  ## a judge of answers on the practice model, from raw rows to certificate; ENGINE=mlx for that engine

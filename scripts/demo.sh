@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The main job on the practice model and the demo data, offline: what `make demo` runs.
+# It ends with what the last command says: the verdict, the certificate, and where the report is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export LUTHIER_HOME="${LUTHIER_HOME:-build/demo}"
@@ -26,14 +27,23 @@ run "4. Fine-tune by QLoRA, as a recipe says: the same rows, then the plan, then
     luthier train recipes/demo-qlora.toml --output-dir "$RUNS"
 RUN="$(ls -td "$RUNS"/*/ | head -n 1)"
 RUN="${RUN%/}"
-run "5. What can it do now? The same 200 orders, before and after." \
-    luthier evaluate "$RUN" --data "$HELDOUT" --base-too --at-least 0.9
+run "5. Is it better, and what did that cost? Base and tuned on the same 200 orders, each difference with its interval." \
+    luthier compare "$RUN" --data "$HELDOUT" -n 200 --temperature 0
+python3 - "$RUN/comparison.json" <<'CHECK'
+import json, sys
+with open(sys.argv[1], encoding="utf-8") as file:
+    right = json.load(file)["metrics"]["exact match"]["tuned"]
+sys.exit("the demo did not learn its task" if right < 0.9 else 0)
+CHECK
 
 cat <<STORY
 
-== Done in $SECONDS seconds
+== And then? (\`. .venv/bin/activate\` puts \`luthier\` on your path)
 
-What next? (\`. .venv/bin/activate\` puts \`luthier\` on your path)
+  luthier chat $RUN --compare
+      talk with both models, side by side
+  luthier merge $RUN
+      one model of base and adapter, certified; \`luthier export\` writes it for Ollama, llama.cpp or MLX
   luthier rows $RUN --step 1
       which rows the first step trained: every step can name its rows
   luthier prove resume recipes/demo-qlora.toml
@@ -43,3 +53,5 @@ What next? (\`. .venv/bin/activate\` puts \`luthier\` on your path)
   docs/tour.md
       the same way again, with every step explained
 STORY
+run "6. What came of it, after $SECONDS seconds? The report says the same, with curves and answers side by side." \
+    luthier report "$RUN"

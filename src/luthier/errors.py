@@ -18,6 +18,7 @@
     |   `-- CheckpointError     a checkpoint is not what its manifest says
     |-- HubError           the model hub refused, or could not be reached
     |-- JudgeError         the model that judges answers refused, or could not be reached
+    |-- SinkError          another place for a run's events could not be opened
     |-- StorageError       the disk refused
     |   `-- DiskFullError       there is no room left
     |-- TrainingError      training cannot go on
@@ -146,6 +147,12 @@ class JudgeError(LuthierError, ConnectionError):
     """The endpoint of a judging model could not be reached, refused, or answered something else than a judgement."""
 
     code = "judge_failed"
+
+
+class SinkError(LuthierError, ConnectionError):
+    """A place that a run's events shall also go to could not be opened; nothing was trained yet."""
+
+    code = "sink_refused"
 
 
 class StorageError(LuthierError, OSError):

@@ -15,16 +15,22 @@ EXTRAS = {
     "zstd": ("zstandard",),
     "hf": ("datasets",),
     "gguf": ("gguf",),
+    "tensorboard": ("tensorboard",),
     "torch": ("torch", "transformers", "bitsandbytes"),
+    "wandb": ("wandb",),
 }
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
     """The module of an optional package; MissingExtraError with the install command when it is not there."""
-    package = module.partition(".")[0]
+    check_extra(module.partition(".")[0], extra)
+    return importlib.import_module(module)
+
+
+def check_extra(package: str, extra: str) -> None:
+    """The same without importing anything."""
     if importlib.util.find_spec(package) is None:
         raise MissingExtraError(
             f"this needs the package `{package}`, which is not installed",
             hint=f"run: pip install 'luthier[{extra}]'",
         )
-    return importlib.import_module(module)

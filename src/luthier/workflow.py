@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,8 +85,10 @@ class Ready:
 
 def plan_run(spec: RunSpec, prepared: Prepared) -> RunPlan:
     """The spec with nothing left to decide, and what the run takes; no model is loaded or fetched."""
+    from luthier.reports.sinks import check_sinks
     from luthier.training.planner import plan_run as plan
 
+    check_sinks(spec.output.sinks)
     return plan(spec, prepared, resolve_model(spec.model.base, revision=spec.model.revision), luthier_home())
 
 
@@ -101,10 +105,12 @@ def start_run(ready: Ready) -> Run:
 
 
 def warm_up(spec: RunSpec) -> None:
-    """Import what the engine needs while the data is being read."""
+    """Import what the engine needs while the data is being read; raises where a package that was named is missing."""
     from luthier.engines.registry import import_in_background
     from luthier.engines.surroundings import prepare_process
+    from luthier.reports.sinks import check_sinks
 
+    check_sinks(spec.output.sinks)
     prepare_process(spec.compute.processes)
     if spec.engine.kind == "torch" and spec.compute.processes == 1:
         import_in_background()
@@ -117,12 +123,37 @@ def train_run(
     from luthier.training.session import Work, train
 
     share = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    work = Work(run, ready.plan, ready.prepared, ready.resolved, luthier_home(), watch, stop, share)
     with stop:
-        trained = train(work, resume=resume, allow_changed=allow_changed)
+        with _told_elsewhere(run, watch) as told:
+            work = Work(run, ready.plan, ready.prepared, ready.resolved, luthier_home(), told, stop, share)
+            trained = train(work, resume=resume, allow_changed=allow_changed)
         if trained.final is None:
             return trained
         return replace(trained, merged=complete_run(run, watch=watch, stop=stop))
+
+
+@contextmanager
+def _told_elsewhere(run: Run, watch: Watch) -> Iterator[Watch]:
+    """The watch, and the sinks that the spec names; they are opened with the first event, when the run is ours."""
+    from luthier.reports.sinks import Sinks, open_sinks
+    from luthier.runs import events
+
+    def drop(name: str, why: str) -> None:
+        warned = events.Warned("sink_dropped", f"{name} hears no more of this run, which goes on: {why}")
+        run.events.append(warned)
+        watch(warned)
+
+    with ExitStack() as stack:
+        opened: list[Sinks] = []
+
+        def tell(event: events.Event) -> None:
+            watch(event)
+            if isinstance(event, events.RunStarted) and run.spec.output.sinks:
+                opened.append(stack.enter_context(closing(open_sinks(run.spec.output.sinks, run, drop))))
+            for sinks in opened:
+                sinks.log(event)
+
+        yield tell
 
 
 def complete_run(run: Run, *, watch: Watch, stop: StopFlag) -> Path | None:

@@ -12,8 +12,9 @@ import numpy as np
 from luthier.adapters.merge import HEADS, find_embeddings, find_place
 from luthier.adapters.start import Start
 from luthier.errors import ProofError
+from luthier.weights.header import TensorEntry
 from luthier.weights.peft import read_adapter
-from luthier.weights.shards import FLOATS, Floats, TensorEntry, TensorFile, from_floats, read_model_files, to_floats
+from luthier.weights.shards import FLOATS, Floats, TensorFile, from_floats, read_model_files, to_floats
 
 MOST_DIFFERING = 5e-3
 """The largest share of a changed tensor that may lie on the other side of a rounding."""

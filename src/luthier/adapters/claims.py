@@ -14,8 +14,8 @@ import numpy as np
 
 from luthier.adapters.arithmetic import MOST_DIFFERING, Sums, check_sums, find_broken
 from luthier.adapters.certificate import Certificate, Claim, hash_files
-from luthier.adapters.prompts import read_chats
 from luthier.adapters.start import open_start, read_precision
+from luthier.data.prompts import read_prompts
 from luthier.data.tokens import ModelText
 from luthier.engines.registry import load_prober
 from luthier.engines.verbs import Ints, Logits, Prober
@@ -38,6 +38,7 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 6e-2}
 _CLEARLY = 3.0
 _ANSWER_TOKENS = 12
 _SHOWN = 3
+_MOST_PROMPTS = 64
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ class _Prompts:
         own: tuple[Ints, ...] = ()
         if order.prompts:
             text = ModelText(subject.base.folder, chat_template=subject.template)
-            own = render_chats(text, read_chats(Path(order.prompts)))
+            asked = read_prompts(Path(order.prompts), drop_answers=True)[:_MOST_PROMPTS]
+            own = render_chats(text, [each.messages for each in asked])
         self.all = [each for each in (*subject.probe.tokens, *subject.probe.text.chats, *own) if len(each)]
         self.live = len(subject.probe.tokens)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 from luthier.adapters.arithmetic import check_merged
+from luthier.adapters.certificate import CERTIFICATE, find_certificate
 from luthier.adapters.gguf import KINDS, write_gguf
 from luthier.adapters.gguf_layout import read_settings
 from luthier.adapters.gguf_vocabulary import read_vocabulary
@@ -23,11 +26,11 @@ from luthier.extras import import_extra
 from luthier.runs.events import utc_now
 from luthier.runs.layout import FINAL_MODEL, MERGED_MODEL
 from luthier.runs.lineage import write_lineage
-from luthier.runs.manifest import MANIFEST, check_manifest, reserve_check, seal
+from luthier.runs.manifest import MANIFEST, check_manifest, hash_file, read_manifest, reserve_check, seal
 from luthier.runs.resolve import find_resolved
 from luthier.runs.run import Run
-from luthier.weights.mlx import write_mlx_adapter
-from luthier.weights.peft import read_adapter
+from luthier.weights.mlx import read_mlx_adapter, write_mlx_adapter
+from luthier.weights.peft import AdapterConfig, read_adapter
 from luthier.weights.tensors import read_config, read_model_shape
 
 Target = Literal["peft", "merged", "mlx", "gguf", "ollama"]
@@ -37,7 +40,7 @@ EXPORTS = "exports"
 _TEMPLATE = "chat_template.jinja"
 
 Certified = Callable[[Run], None]
-"""Raises where the run has no valid certificate; `adapters.verify.check_certificate` is one."""
+"""Raises where the run has no valid certificate; `adapters.certificate.check_certificate` is one."""
 Stop = Callable[[], bool]
 
 
@@ -93,20 +96,17 @@ class _Written:
     notes: tuple[str, ...] = ()
 
 
-def find_certified() -> Certified:
-    """The check of certificates that this version of Luthier has."""
-    try:
-        found = importlib.import_module("luthier.adapters.verify").check_certificate
-    except (ImportError, AttributeError):
-        return _refuse
-    return cast(Certified, found)
-
-
-def _refuse(run: Run) -> None:
-    raise ProofError(
-        f"{run.id} has no certificate that its weights are what was trained",
-        hint="--without-certificate goes on all the same, and the lineage says so",
-    )
+def _describe_ground(run: Run, certified: Certified | None) -> dict[str, Any] | None:
+    """The certificate that a result goes out on, so that whoever has the copy can tell; None when it goes without."""
+    certificate = find_certificate(run) if certified is not None else None
+    if certificate is None:
+        return None
+    return {
+        "artefact": certificate.artefact,
+        "claims": len(certificate.claims),
+        "made": certificate.facts.get("made", ""),
+        "sha256": hash_file(run.folder / CERTIFICATE),
+    }
 
 
 def check_allowed(run: Run, certified: Certified | None, what: str) -> None:
@@ -154,12 +154,26 @@ def export_run(run: Run, to: Target, out: Path | None, options: ExportOptions) -
     _check_writable(job, to)
     check_allowed(run, options.certified, f"export to {to}: {folder}")
     written = _WRITERS[to](job, folder)
+    _record(job, to, folder)
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
     return ExportFacts(to, folder, files, written.details, written.notes)
+
+
+def _record(job: _Job, to: Target, folder: Path) -> None:
+    """The run's lineage says what was exported, where to and when, and the hash of each file."""
+    written = read_manifest(folder)
+    entry = {
+        "to": to,
+        "folder": str(folder.resolve()),
+        "time": utc_now().isoformat(timespec="seconds"),
+        "certificate": written.facts["certificate"],
+        "files": {name: facts["sha256"] for name, facts in written.files.items()},
+    }
+    write_lineage(job.run, {"exports": [*job.run.lineage.get("exports", []), entry]})
 
 
 def _check_writable(job: _Job, to: Target) -> None:
@@ -230,7 +244,9 @@ def _write_gguf(job: _Job, out: Path) -> _Written:
                 name=job.run.id,
                 should_stop=job.options.should_stop,
             )
-            found.append(_Written({"kind": facts.kind, "types": facts.types}, facts.notes))
+            found.append(
+                _Written({"kind": facts.kind, "types": facts.types, "largest_error": facts.largest_error}, facts.notes)
+            )
 
         _seal(job, out, write, "gguf")
     return found[0]
@@ -253,7 +269,12 @@ def _write_ollama(job: _Job, out: Path) -> _Written:
                 name=job.run.id,
                 should_stop=job.options.should_stop,
             )
-            details = {"kind": facts.kind, "types": facts.types, "stops": list(modelfile.stops)}
+            details = {
+                "kind": facts.kind,
+                "types": facts.types,
+                "largest_error": facts.largest_error,
+                "stops": list(modelfile.stops),
+            }
             found.append(_Written(details, (*facts.notes, *modelfile.notes)))
 
         _seal(job, out, write, "ollama")
@@ -276,9 +297,26 @@ def _write_mlx(job: _Job, out: Path) -> _Written:
         return _write_merged(job, out)
     config, tensors = read_adapter(job.final)
     layers = read_model_shape(find_resolved(str(job.run.folder), with_weights=True).folder).layers
-    _seal(job, out, lambda draft: write_mlx_adapter(draft, config, tensors, layers=layers), "mlx")
+
+    def write(draft: Path) -> None:
+        write_mlx_adapter(draft, config, tensors, layers=layers)
+        _check_mlx(draft, config, tensors)
+
+    _seal(job, out, write, "mlx")
     details = {"base": config.base, "rank": config.rank, "tensors": len(tensors)}
     return _Written(details, _stacking_note(job))
+
+
+def _check_mlx(folder: Path, config: AdapterConfig, tensors: Mapping[str, Any]) -> None:
+    """Read the adapter back under our own names: the same numbers, and the same scale."""
+    back, found = read_mlx_adapter(folder)
+    is_same = found.keys() == tensors.keys() and all(np.array_equal(found[name], tensors[name]) for name in found)
+    if not is_same or not math.isclose(back.scale, config.scale, rel_tol=1e-6):
+        raise ProofError(
+            "the adapter for mlx_lm does not hold what was written into it",
+            hint="the disk or the memory may be faulty: export again, elsewhere",
+            where=str(folder),
+        )
 
 
 def _stacking_note(job: _Job) -> tuple[str, ...]:
@@ -301,7 +339,8 @@ _WRITERS: Mapping[Target, Callable[[_Job, Path], _Written]] = {
 
 
 def _seal(job: _Job, out: Path, write: Callable[[Path], None], kind: str) -> None:
-    seal(out, write, {"kind": f"export_{kind}", "run": job.run.id})
+    ground = _describe_ground(job.run, job.options.certified)
+    seal(out, write, {"kind": f"export_{kind}", "run": job.run.id, "model": job.run.model_id, "certificate": ground})
 
 
 def _take(folder: Path, draft: Path, *, moves: bool) -> None:

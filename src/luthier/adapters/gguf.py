@@ -1,4 +1,7 @@
-"""A model folder as one GGUF file, a few rows of a tensor at a time; names and quantisers are the `gguf` package's."""
+"""A model folder as one GGUF file, a few rows of a tensor at a time; names and quantisers are the `gguf` package's.
+
+What was written is read back, and every number of it held against the model's.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from luthier.adapters.gguf_layout import (
 from luthier.adapters.gguf_vocabulary import Vocabulary, read_vocabulary
 from luthier.adapters.merge import Stopped
 from luthier.adapters.turns import find_end_of_turn
-from luthier.errors import CallError, ModelError, UnsupportedError
+from luthier.errors import CallError, ModelError, ProofError, UnsupportedError
 from luthier.extras import import_extra
 from luthier.runs.manifest import reserve_check
 from luthier.weights.shards import FLOATS, Floats, TensorFile, read_model_files
@@ -46,6 +49,8 @@ class GgufFacts:
     types: dict[str, int]
     size_bytes: int
     notes: tuple[str, ...]
+    largest_error: float
+    """How far any number that was read back is from the model's; within the rounding of its type."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +112,14 @@ def write_gguf(
             writer.write_tensor_data(_Stream(sizes[each.name], blocks))
     finally:
         writer.close()
+    largest_error = _check_written(gguf, path, placed, types, should_stop or (lambda: False))
     counts = [type_.name.lower() for type_ in types.values()]
     return GgufFacts(
         kind,
         {each: counts.count(each) for each in sorted(set(counts))},
         path.stat().st_size,
         (*notes, *more, *vocabulary.notes),
+        largest_error,
     )
 
 
@@ -188,6 +195,16 @@ def _find_end_id(vocabulary: Vocabulary) -> int | None:
 
 def _render(gguf: Any, placed: Placed, type_: Any, should_stop: Callable[[], bool]) -> Iterator[_Block]:
     """The tensor's bytes, some rows at a time; whole heads where their rows change places."""
+    for _, values in _list_values(placed, should_stop):
+        with np.errstate(over="ignore"):  # beyond fp16 becomes infinite, which the next lines refuse
+            block: _Block = gguf.quants.quantize(values, type_)
+        if type_.name == "F16" and not np.isfinite(block).all():
+            raise ModelError(f"`{placed.source}` has numbers that f16 cannot hold", hint="export it as bf16 or q8_0")
+        yield block
+
+
+def _list_values(placed: Placed, should_stop: Callable[[], bool]) -> Iterator[tuple[slice, Floats]]:
+    """The tensor's numbers as they go into the file, before they are rounded: some rows, and which."""
     rows = placed.shape[0]
     step = max(1, _BLOCK_VALUES // max(1, math.prod(placed.shape[1:])))
     if placed.head_dim:
@@ -195,16 +212,11 @@ def _render(gguf: Any, placed: Placed, type_: Any, should_stop: Callable[[], boo
     for first in range(0, rows, step):
         if should_stop():
             raise Stopped
-        values = _read(placed, slice(first, min(first + step, rows)))
+        part = slice(first, min(first + step, rows))
+        values = _read(placed, part)
         if placed.head_dim:
             values = values[rotary_order(len(values), placed.head_dim)]
-        if placed.offset:
-            values = values + np.float32(placed.offset)
-        with np.errstate(over="ignore"):  # beyond fp16 becomes infinite, which the next lines refuse
-            block: _Block = gguf.quants.quantize(values, type_)
-        if type_.name == "F16" and not np.isfinite(block).all():
-            raise ModelError(f"`{placed.source}` has numbers that f16 cannot hold", hint="export it as bf16 or q8_0")
-        yield block
+        yield part, values + np.float32(placed.offset) if placed.offset else values
 
 
 def _read(placed: Placed, rows: slice) -> Floats:
@@ -215,3 +227,49 @@ def _read(placed: Placed, rows: slice) -> Floats:
     if not np.isfinite(values).all():
         raise ModelError(f"`{placed.source}` has numbers that are not finite")
     return values
+
+
+# -- read back -------------------------------------------------------------------------------------------------------
+
+
+def _check_written(
+    gguf: Any, path: Path, placed: list[Placed], types: dict[str, Any], should_stop: Callable[[], bool]
+) -> float:
+    """Read the file back and hold every number against the model's; the largest distance, or a ProofError."""
+    found = {each.name: each for each in gguf.GGUFReader(path).tensors}
+    if found.keys() != types.keys():
+        other = sorted(found.keys() ^ types.keys())
+        raise _not_written(path, f"`{other[0]}` is {'left over' if other[0] in found else 'missing'}")
+    largest = 0.0
+    for each in placed:
+        tensor, type_ = found[each.name], types[each.name]
+        if tensor.tensor_type != type_ or tuple(reversed(tensor.shape.tolist())) != each.shape:
+            raise _not_written(path, f"`{each.name}` has another type or shape")
+        for rows, values in _list_values(each, should_stop):
+            written = gguf.quants.dequantize(tensor.data[rows], type_).reshape(values.shape)
+            errors = np.abs(written - values)
+            beyond = errors > _allowed_error(values, type_.name)
+            if beyond.any() or not np.isfinite(written).all():
+                raise _not_written(path, f"{int(beyond.sum()):,} numbers of `{each.name}` are not the model's")
+            largest = max(largest, float(errors.max(initial=0.0)))
+    return largest
+
+
+def _allowed_error(values: Floats, kind: str) -> Floats:
+    """What rounding to a type may take from each number."""
+    sizes = np.abs(values)
+    if kind == "Q8_0":
+        # Half a step of the block's scale; the scale is itself rounded to f16, and 127 steps may lie on it.
+        blocks = sizes.reshape(-1, 32).max(1, keepdims=True)
+        allowed = blocks * (0.501 / 127 + 2.0**-11) + np.float32(127 * 2.0**-25)
+        return np.asarray(np.broadcast_to(allowed, (len(allowed), 32)).reshape(values.shape), np.float32)
+    share, least = {"F32": (0.0, 0.0), "F16": (2.0**-11, 2.0**-25), "BF16": (2.0**-8, 2.0**-134)}[kind]
+    return np.asarray(sizes * np.float32(share) + np.float32(least), np.float32)
+
+
+def _not_written(path: Path, what: str) -> ProofError:
+    return ProofError(
+        f"{path.name} does not hold the model that was written into it: {what}",
+        hint="the disk or the memory may be faulty: export again, elsewhere",
+        where=str(path),
+    )

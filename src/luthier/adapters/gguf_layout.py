@@ -13,7 +13,8 @@ import numpy as np
 
 from luthier.errors import ModelError, UnsupportedError
 from luthier.extras import import_extra
-from luthier.weights.shards import Floats, TensorEntry, TensorFile
+from luthier.weights.header import TensorEntry
+from luthier.weights.shards import Floats, TensorFile
 
 Value = bool | int | float | str
 

@@ -15,12 +15,12 @@ import orjson
 
 from luthier.errors import CallError, ModelError
 from luthier.runs.manifest import reserve_check, seal
+from luthier.weights.header import TensorEntry
 from luthier.weights.peft import AdapterConfig, read_adapter
 from luthier.weights.shards import (
     FLOATS,
     Floats,
     Piece,
-    TensorEntry,
     TensorFile,
     from_floats,
     read_model_files,

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class PushOptions:
     private: bool = False
     merged: bool = False
     """The merged model in place of the adapter."""
+    evidence: Mapping[str, str] = field(default_factory=dict)
+    """What the run's report says was proved and compared, for the card."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def push_run(run: Run, repo: str, options: PushOptions) -> PushFacts:
     is_adapter = folder.name not in (FINAL_MODEL, MERGED_MODEL)
     hub = import_extra("huggingface_hub", "torch")
     check_allowed(run, options.certified, f"push to {repo}")
-    card = render_card(build_card(run, is_adapter=is_adapter)).encode()
+    card = render_card(replace(build_card(run, is_adapter=is_adapter), evidence=options.evidence)).encode()
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     contents: dict[str, Path | bytes] = {**paths, CARD: card}
     contents.pop(MANIFEST, None)

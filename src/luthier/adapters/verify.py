@@ -12,8 +12,8 @@ from luthier.adapters.claims import Order
 from luthier.adapters.export import Certified, check_allowed, find_final
 from luthier.adapters.fresh import certify_in_fresh_process
 from luthier.adapters.merge import MergeFacts, merge_adapter
-from luthier.adapters.prompts import read_chats
 from luthier.adapters.start import open_start
+from luthier.data.prompts import read_prompts
 from luthier.engines.surroundings import release_memory
 from luthier.errors import CallError, ProofError
 from luthier.runs.layout import FINAL_MODEL, MERGED_MODEL
@@ -21,7 +21,6 @@ from luthier.runs.manifest import find_facts
 from luthier.runs.resolve import ResolvedModel, find_resolved
 from luthier.runs.run import Run
 
-__all__ = ["MergeOptions", "Merged", "check_certificate", "merge_run", "verify_run"]
 Stop = Callable[[], bool]
 
 
@@ -58,7 +57,7 @@ def verify_run(run: Run, *, prompts: Path | None = None, should_stop: Stop | Non
     if run.final_weights is None:
         find_final(run)  # which says what to do
     if prompts:
-        read_chats(prompts)  # so that what is wrong with them is said at once
+        read_prompts(prompts, drop_answers=True)  # so that what is wrong with them is said at once
     merged = run.folder / MERGED_MODEL
     order = Order(_absolute(run.folder), prompts=_absolute(prompts) if prompts else None)
     if merged.is_dir():

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def print_end(run: Run, trained: Trained, *, as_json: bool) -> None:
     """How the run ended; with its certificate, its report and the report's verdict where it is done."""
+    from luthier.reports.sinks import list_commands
+
     progress, outcome = trained.progress, trained.outcome
     if as_json:
         facts = {
@@ -44,6 +46,8 @@ def print_end(run: Run, trained: Trained, *, as_json: bool) -> None:
     if trained.merged:
         say(f"  merged   {trained.merged}")
     say(f"  model    {run.model_id}")
+    for command in list_commands(run):
+        say(f"  curves   {command}")
     say(f"  cost     {span(progress.seconds)} of training, {progress.tokens:,} tokens, {speed:,.0f} tokens/s")
     print_evidence(run)
 

@@ -13,6 +13,7 @@ import numpy as np
 from luthier.data.example import Conversation, Example, Message, Preference, Text
 from luthier.data.hashes import content_hash, prompt_hash
 from luthier.data.judging import Marks, read_marks
+from luthier.data.prompts import Prompt
 from luthier.data.reasons import RowError, list_counts
 from luthier.data.rows import ReadOptions, RowReader
 from luthier.data.source import Row, Source
@@ -21,7 +22,6 @@ from luthier.engines.chat import find_end
 from luthier.engines.verbs import Bools
 from luthier.errors import DataError, MaskError
 from luthier.evals.heldout import Place, list_rows
-from luthier.evals.prompts import Prompt
 
 _PROMPTS = "prompt"
 

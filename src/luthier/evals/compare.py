@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import orjson
 
+from luthier.data.prompts import Prompt, read_prompts
 from luthier.data.reasons import list_counts
 from luthier.data.source import open_source
 from luthier.engines.verbs import SampleParams, Tick
-from luthier.errors import CallError, ModelError
+from luthier.errors import CallError, DataError, ModelError
 from luthier.evals.answers import Remembered, Said, Subject
 from luthier.evals.asked import Asked, AskedRows, Reading, Scored, options_for, read_asked, read_plain
 from luthier.evals.contamination import Overlap, find_overlap
@@ -25,7 +26,7 @@ from luthier.evals.heldout import find_rows, find_template
 from luthier.evals.judge import Judge, Pair, judge_pairs
 from luthier.evals.metrics import Checks, measure_answers, measure_drift
 from luthier.evals.parroting import list_hashes, list_repeats
-from luthier.evals.prompts import Prompt, list_default_prompts, read_prompts
+from luthier.evals.prompts import list_default_prompts
 from luthier.evals.scores import BETTER
 from luthier.evals.statistics import Floats, Measure, compare_means
 from luthier.evals.verdict import describe
@@ -165,6 +166,8 @@ def _read(base: Subject, tuned: Subject, run: Run | None, wanted: Wanted) -> _Si
     path = find_general(tuned.resolved, wanted.general)
     paragraphs = read_general(path)
     general = [read_plain(each.text, paragraphs, max_length=MAX_LENGTH) for each in readings]
+    if wanted.general and not any(general):
+        raise DataError(f"{path}: too short to measure forgetting by", hint="some hundred sentences are enough")
     sides = _Sides((base, tuned), readings, (general[0], general[1]), texts, notes)
     if not sides.is_of_one_text:
         notes.append("the two models have different tokenizers, so their losses are not compared")
@@ -327,7 +330,7 @@ def _list_facts(sides: _Sides, found: _Found, wanted: Wanted) -> dict[str, Any]:
         },
         "score": score,
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "notes": _list_notes(sides, found),
+        "notes": sides.notes,
         "results": _list_results(sides, found, scores),
     }
     return _alone(facts, _count(sides)) if sides.is_alone else facts
@@ -361,16 +364,20 @@ def _weights_of(resolved: ResolvedModel) -> Path:
 
 
 def _choose_scores(sides: _Sides, found: _Found) -> tuple[str | None, tuple[Floats, Floats] | None]:
-    """By what answers are ordered: the first metric in which any two of them differ."""
+    """By what answers are ordered: the first metric in which their gains differ, else one in which any two do."""
+    found_first: tuple[str, tuple[Floats, Floats]] | None = None
     for each in found.measures:
-        values = each.base, each.tuned
-        if each.name == LOSS and found.scored == sides.asked:
-            return "likelihood of the reference", (-values[0], -values[1])
-        is_of_answers = each.name not in (LOSS, PAIRS, BETTER, METRIC)
-        if is_of_answers and len(values[0]) == len(sides.asked) and np.ptp(np.concatenate(values)) > 0:
-            sign = 1 if each.difference.is_higher_better else -1
-            return each.name, (values[0] * sign, values[1] * sign)
-    return None, None
+        is_likelihood = each.name == LOSS and found.scored == sides.asked
+        if each.name in (PAIRS, BETTER, METRIC) or (each.name == LOSS and not is_likelihood):
+            continue
+        if len(each.base) != len(sides.asked) or not np.ptp(np.concatenate([each.base, each.tuned])):
+            continue
+        sign = 1 if each.difference.is_higher_better else -1
+        scores = "likelihood of the reference" if is_likelihood else each.name, (each.base * sign, each.tuned * sign)
+        if np.ptp(each.tuned if sides.is_alone else each.tuned - each.base):
+            return scores
+        found_first = found_first or scores
+    return found_first or (None, None)
 
 
 def _list_results(sides: _Sides, found: _Found, scores: tuple[Floats, Floats] | None) -> list[dict[str, Any]]:
@@ -401,24 +408,3 @@ def _list_overlap(sides: _Sides, overlap: Overlap) -> dict[str, int]:
         "same_row": sum(each.content in overlap.contents for each in every),
         "same_prompt": sum(each.asks in overlap.prompts for each in every),
     }
-
-
-def _list_notes(sides: _Sides, found: _Found) -> list[str]:
-    """What a person must know to read the numbers."""
-    notes = list(sides.notes)
-    overlap = _list_overlap(sides, found.overlap)
-    if overlap["same_row"]:
-        notes.append(
-            f"{overlap['same_row']:,} of the {overlap['rows']:,} rows were trained: they say nothing about new ones"
-        )
-    if (same := overlap["same_prompt"] - overlap["same_row"]) > 0:
-        notes.append(f"{same:,} of the {overlap['rows']:,} rows share their prompt with a training row")
-    if found.repeats[1]:
-        notes.append(
-            f"{len(found.repeats[1]):,} answers of the tuned model repeat a training answer to the letter, and are "
-            "not the right one"
-        )
-    for name, said in zip(("base", "tuned"), found.said, strict=True):
-        if (cut := sum(said.is_cut)) and not (name == "base" and sides.is_alone):
-            notes.append(f"{cut:,} of {len(said.answers):,} answers of the {name} model were cut off: --max-tokens")
-    return notes

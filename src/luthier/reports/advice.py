@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from luthier.data.notes import END_CUT, LEAK, THINKING, TRUNCATED
-from luthier.reports.evidence import Metric
+from luthier.reports.evidence import Comparison, Metric
 from luthier.reports.model import Evaluation, Floats, Report
 from luthier.reports.verdict import is_overfitted
 from luthier.reports.words import count_of, list_words, show_number, show_share
@@ -26,6 +26,8 @@ _FEW_STEPS = 30
 _FEW_HELD_OUT = 50
 _LOW_LOSS = 0.02
 """Below it held-out rows are as good as solved, and what goes on falling is of no use."""
+_SLIGHT = 1.02
+"""Perplexity of general text over the base's below which forgetting is worth a thought, and no more."""
 
 
 @dataclass(frozen=True)
@@ -399,7 +401,14 @@ def got_worse(report: Report) -> Advice | None:
         return None
     evidence = f"worse than the base: {list_words([_in_numbers(metric) for metric in worse])}"
     change = f"optim.learning_rate = {show_number(rate / 3, 2)}, or mix general rows into data.train"
-    return Advice("act", "Forget less", evidence, "optim.learning_rate", change)
+    weight: Weight = "consider" if all(_is_slight(metric, comparison) for metric in worse) else "act"
+    return Advice(weight, "Forget less", evidence, "optim.learning_rate", change)
+
+
+def _is_slight(metric: Metric, comparison: Comparison) -> bool:
+    """Whether this is the general text, hardly less likely than before: certain, and of no weight."""
+    is_general = comparison.forgetting is not None and comparison.forgetting.name == metric.name
+    return is_general and (metric.tuned or 0.0) < _SLIGHT * (metric.base or 0.0)
 
 
 def no_difference(report: Report) -> Advice | None:
@@ -416,6 +425,33 @@ def no_difference(report: Report) -> Advice | None:
     return Advice("act", "Compare on more prompts", evidence, "data.valid", change)
 
 
+def compared_on_trained(report: Report) -> Advice | None:
+    """Rows that were trained were asked in the comparison."""
+    overlap = report.comparison.overlap if report.comparison else None
+    if overlap is None or not overlap.same_row:
+        return None
+    evidence = f"trained rows among the {count_of(overlap.rows, 'row')} that were compared on: {overlap.same_row:,}"
+    change = "data.train = a file without these rows"
+    return Advice("act", "Compare on rows that were not trained", evidence, "data.train", change)
+
+
+def parroted(report: Report) -> Advice | None:
+    """Training answers come back where something else was asked."""
+    repeats = report.comparison.repeats if report.comparison else None
+    epochs = report.spec.optim.epochs
+    if repeats is None or repeats.tuned <= (repeats.base or 0) or repeats.tuned < 0.05 * repeats.answers:
+        return None
+    evidence = (
+        f"{repeats.tuned:,} of {count_of(repeats.answers, 'answer')} repeat a training answer to the letter where it "
+        "is wrong: rows were learnt by heart"
+    )
+    if report.spec.optim.steps:
+        change = ("optim.steps", f"optim.steps = {max(1, report.spec.optim.steps // 2)}")
+    else:
+        change = ("optim.epochs", f"optim.epochs = {show_number(max(0.1, epochs / 2), 2)}")
+    return Advice("act", "Learn less by heart", evidence, change[0], f"{change[1]}, and more rows that differ")
+
+
 def _in_numbers(metric: Metric) -> str:
     if metric.base is None or metric.tuned is None:
         return metric.name
@@ -424,7 +460,9 @@ def _in_numbers(metric: Metric) -> str:
 
 RULES: tuple[Callable[[Report], Advice | None], ...] = (
     got_worse,
+    compared_on_trained,
     overfitting,
+    parroted,
     rate_too_high,
     rate_too_low,
     few_steps,

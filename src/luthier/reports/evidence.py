@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ class Metric:
     low: float | None
     high: float | None
     change: Change
+    counts: tuple[int, int, int] | None = None
+    """Rows that the tuned model won, in which both are even, and that it lost."""
 
     @property
     def has_interval(self) -> bool:
@@ -57,13 +59,64 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """Something of the answers that has no good direction, such as their length; `said` is how it changed."""
+
+    name: str
+    base: float | None
+    tuned: float | None
+    low: float | None
+    high: float | None
+    said: str
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Rows that were asked or measured, and how many of them, or of their prompts, stand among the training rows."""
+
+    rows: int
+    training_rows: int
+    same_row: int
+    same_prompt: int
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Answers that repeat a training answer and are not the right one; None of a model that was not asked."""
+
+    answers: int
+    tuned: int
+    base: int | None = None
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """How the prompts were asked; `cut` are the answers of base and tuned that had not ended at the limit."""
+
+    source: str
+    prompts: int
+    max_tokens: int
+    temperature: float
+    seed: int
+    cut: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Base against tuned on the same prompts."""
+    """Base against tuned on the same prompts; what a comparison does not tell of is None or empty."""
 
     base_model: str
     verdict: str
     metrics: tuple[Metric, ...]
     answers: tuple[Answer, ...]
+    drift: tuple[Drift, ...] = ()
+    forgetting: Metric | None = None
+    overlap: Overlap | None = None
+    repeats: Repeats | None = None
+    asked: Circumstances | None = None
+    score: str = ""
+    """By what the answers are scored."""
+    notes: tuple[str, ...] = ()
 
     def named(self, change: Change) -> list[str]:
         """The metrics that changed so."""
@@ -99,11 +152,29 @@ def read_comparison(folder: Path) -> Comparison | None:
     if content is None:
         return None
     try:
-        metrics = tuple(_metric(str(name), entry) for name, entry in content.get("metrics", {}).items())
-        answers = tuple(_answer(entry) for entry in content.get("results", []))
-        return Comparison(str(content.get("base_model", "")), str(content.get("verdict", "")), metrics, answers)
+        return build_comparison(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _unreadable(folder / COMPARISON) from error
+
+
+def build_comparison(content: Mapping[str, Any]) -> Comparison:
+    """What `comparison.json` holds, or a comparison that was not written yet."""
+    forgetting, overlap, repeats, asked = (
+        content.get(name) or None for name in ("forgetting", "contamination", "parroting", "asked")
+    )
+    return Comparison(
+        str(content.get("base_model") or ""),
+        str(content.get("verdict", "")),
+        tuple(_metric(str(name), entry) for name, entry in content.get("metrics", {}).items()),
+        tuple(_answer(entry) for entry in content.get("results", [])),
+        tuple(_drift(str(name), entry) for name, entry in (content.get("drift") or {}).items()),
+        _metric(str(forgetting["metric"]), forgetting) if forgetting else None,
+        Overlap(**{each.name: int(overlap[each.name]) for each in fields(Overlap)}) if overlap else None,
+        Repeats(int(repeats["answers"]), int(repeats["tuned"]), _count(repeats.get("base"))) if repeats else None,
+        _circumstances(asked) if asked else None,
+        str(content.get("score") or ""),
+        tuple(str(note) for note in content.get("notes", [])),
+    )
 
 
 def read_certificate(folder: Path) -> Certificate | None:
@@ -143,12 +214,35 @@ def _metric(name: str, entry: dict[str, Any]) -> Metric:
     numbers = {key: _number(entry.get(key)) for key in ("base", "tuned", "difference", "low", "high")}
     said = entry.get("verdict")
     change: Change = said if said in ("better", "worse") else "no detectable difference"
-    return Metric(name, **numbers, change=change)
+    won, even, lost = (_count(entry.get(key)) for key in ("wins", "ties", "losses"))
+    counts = None if won is None or even is None or lost is None else (won, even, lost)
+    return Metric(name, **numbers, change=change, counts=counts)
+
+
+def _drift(name: str, entry: dict[str, Any]) -> Drift:
+    numbers = {key: _number(entry.get(key)) for key in ("base", "tuned", "low", "high")}
+    return Drift(name, **numbers, said=str(entry.get("verdict", "")))
+
+
+def _circumstances(asked: dict[str, Any]) -> Circumstances:
+    cut = asked.get("cut") or {}
+    return Circumstances(
+        str(asked["from"]),
+        int(asked["prompts"]),
+        int(asked["max_tokens"]),
+        float(asked["temperature"]),
+        int(asked["seed"]),
+        (_count(cut.get("base")) or 0, _count(cut.get("tuned")) or 0),
+    )
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _answer(entry: dict[str, Any]) -> Answer:
     return Answer(
-        prompt=_text(entry["prompt"]) or "",
+        prompt=_conversation(entry["prompt"]),
         base=_text(entry.get("base_response")),
         tuned=_text(entry["lora_response"]) or "",
         reference=_text(entry.get("reference")),
@@ -157,8 +251,21 @@ def _answer(entry: dict[str, Any]) -> Answer:
     )
 
 
+def _conversation(value: Any) -> str:
+    """A prompt: text as it is, messages one below the other, each behind who says it unless one person alone speaks."""
+    is_messages = isinstance(value, list) and all(
+        isinstance(each, dict) and each.keys() >= {"role", "content"} and isinstance(each["content"], str)
+        for each in value
+    )
+    if not value or not is_messages:
+        return _text(value) or ""
+    if len(value) == 1 and value[0]["role"] == "user":
+        return _text(value[0]["content"]) or ""
+    return _text("\n\n".join(f"{each['role']}: {each['content']}" for each in value)) or ""
+
+
 def _text(value: Any) -> str | None:
-    """Text as it is, anything else as JSON: a prompt may be a list of messages."""
+    """Text as it is, anything else as JSON."""
     if value is None:
         return None
     return str(redact(value if isinstance(value, str) else orjson.dumps(value).decode()))
@@ -172,7 +279,8 @@ def _number(value: Any) -> float | None:
 def choose_answers(answers: Sequence[Answer]) -> list[tuple[str, Answer]]:
     """Six answers and why each is shown: two best, two of the middle, two worst by score; else the first six."""
     scored = sorted((each for each in answers if each.gain is not None), key=lambda each: -(each.gain or 0.0))
-    if len(scored) < len(answers) or not scored:
+    is_even = len(scored) > 1 and scored[0].gain == scored[-1].gain
+    if len(scored) < len(answers) or not scored or is_even:
         return [("", answer) for answer in answers[: 3 * _PAIRS]]
     if len(scored) <= 3 * _PAIRS:
         third = len(scored) / 3

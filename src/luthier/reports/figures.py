@@ -15,12 +15,17 @@ from luthier.reports.words import show_number
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SMOOTH_FROM = 40
 _WIDE = 300
+_NARROW = 220
 _NARROW_TICKS = 3
 _CURVES = (
     ("learning_rate", "Learning rate"),
     ("grad_norm", "Gradient norm"),
     ("tokens_per_second", "Tokens per second"),
 )
+
+# What pairs are learnt by, in the loop's own names; the two answers of a pair share a figure.
+_REWARDS = (("reward_margin", "Reward margin"), ("reward_accuracy", "Better answer preferred"))
+_OF_ANSWERS = (("reward_chosen", "chosen"), ("reward_rejected", "rejected"))
 
 
 def letter(number: int) -> str:
@@ -39,6 +44,8 @@ def list_charts(reports: Sequence[Report]) -> list[Chart]:
     found: list[Chart | None] = []
     if drawn:
         found += [draw_loss(reports[0])] if len(reports) == 1 else [train_losses(reports), held_out_losses(reports)]
+        found += [draw_rewards(reports[0])] if len(reports) == 1 else []
+        found += [_reward(reports, name, title) for name, title in _REWARDS]
         found += [_curve(reports, name, title) for name, title in _CURVES]
     found.append(lengths(reports))
     return [chart for chart in found if chart is not None]
@@ -46,7 +53,7 @@ def list_charts(reports: Sequence[Report]) -> list[Chart]:
 
 def draw_loss(report: Report) -> Chart:
     """Training loss, and held-out loss over it."""
-    train, held = report.steps.points("loss"), _held_out(report)
+    train, held = report.steps.points("loss"), report.held_out("loss")
     series = _smoothed("training loss", train, 1)
     lowest = None
     if len(held):
@@ -86,11 +93,6 @@ def _smoothed(name: str, points: Points, number: int) -> list[Series]:
     return [Series("", points, number, "faint"), Series(name, smooth(points), number)]
 
 
-def _held_out(report: Report) -> Points:
-    found = [(each.step, each.loss) for each in report.evaluations if np.isfinite(each.loss)]
-    return np.array(found, float).reshape(-1, 2)
-
-
 def _steps(reports: Sequence[Report], count: int = 6) -> Axis:
     return step_axis(0, max(int(report.steps.number[-1]) for report in reports if len(report.steps)), count)
 
@@ -117,21 +119,24 @@ def train_losses(reports: Sequence[Report]) -> Chart | None:
 
 def held_out_losses(reports: Sequence[Report]) -> Chart | None:
     """The held-out losses of several runs."""
-    return _several(reports, "held_out_loss", "Held-out loss", [_held_out(report) for report in reports], "dots")
+    return _several(reports, "held_out_loss", "Held-out loss", [report.held_out("loss") for report in reports], "dots")
 
 
-def _several(reports: Sequence[Report], name: str, title: str, curves: list[Points], style: str) -> Chart | None:
+def _several(
+    reports: Sequence[Report], name: str, title: str, curves: list[Points], style: str, *, is_of_pairs: bool = False
+) -> Chart | None:
     values = np.concatenate([points[:, 1] for points in curves])
     if not len(values):
         return None
-    axis = value_axis(values)
+    axis = value_axis(values, from_zero=is_of_pairs)
+    height, ticks = (_NARROW, _NARROW_TICKS) if is_of_pairs else (_WIDE, 6)
     series = tuple(
         Series(letter(number), points, colour(number), "dots" if style == "dots" else "line")
         for number, points in enumerate(curves)
     )
     ends = [f"{letter(n)} ends at {show_number(points[-1, 1])}" for n, points in enumerate(curves) if len(points)]
     about = f"{'; '.join(ends)}."
-    return Chart(name, _scaled(title, axis), about, "step", _steps(reports), axis, series, height=_WIDE)
+    return Chart(name, _scaled(title, axis), about, "step", _steps(reports, ticks), axis, series, height=height)
 
 
 def _curve(reports: Sequence[Report], name: str, title: str) -> Chart | None:
@@ -156,6 +161,45 @@ def _curve(reports: Sequence[Report], name: str, title: str) -> Chart | None:
         series = _smoothed(title, curves[0], 1)
     about = f"Median {show_number(float(np.median(values)))}, highest {show_number(float(values.max()))}."
     return Chart(name, _scaled(title, axis), about, "step", _steps(reports, _NARROW_TICKS), axis, tuple(series))
+
+
+def draw_rewards(report: Report) -> Chart | None:
+    """What each answer of a pair is rewarded with: how far its likelihood has moved from where it began."""
+    series, told, values = [], [], []
+    for number, (name, said) in enumerate(_OF_ANSWERS, 1):
+        points, held = report.steps.points(name), report.held_out(name)
+        if len(points):
+            series += _smoothed(said, points, number)
+            told.append(f"{said} ends at {show_number(points[-1, 1])}")
+        if len(held):
+            series.append(Series(f"{said}, held out", held, number, "dots"))
+        values += [points[:, 1], held[:, 1]]
+    if not series:
+        return None
+    axis = value_axis(np.concatenate(values), from_zero=True)
+    about = f"{'; '.join(told)}." if told else ""
+    title = "Rewards of the chosen and the rejected answers"
+    return Chart(
+        "rewards", title, about[:1].upper() + about[1:], "step", _steps([report]), axis, tuple(series), height=_WIDE
+    )
+
+
+def _reward(reports: Sequence[Report], name: str, title: str) -> Chart | None:
+    """One measure of pairs: training and held-out pairs for a single run, training alone for several."""
+    curves = [report.steps.points(name) for report in reports]
+    if len(reports) > 1:
+        smoothed = [smooth(points) if len(points) >= _SMOOTH_FROM else points for points in curves]
+        return _several(reports, name, f"{title}, smoothed", smoothed, "line", is_of_pairs=True)
+    held = reports[0].held_out(name)
+    if not len(curves[0]) and not len(held):
+        return None
+    series = _smoothed("training", curves[0], 1) if len(curves[0]) else []
+    if len(held):
+        series.append(Series("held out", held, 2, "dots"))
+    axis = value_axis(np.concatenate([curves[0][:, 1], held[:, 1]]), from_zero=True)
+    last = held if len(held) else curves[0]
+    about = f"{'Held out' if len(held) else 'Training'} ends at {show_number(last[-1, 1])}."
+    return Chart(name, title, about, "step", _steps(reports, _NARROW_TICKS), axis, tuple(series))
 
 
 def lengths(reports: Sequence[Report]) -> Chart | None:

@@ -21,6 +21,7 @@ from luthier.reports.advice import Advice, list_advice
 from luthier.reports.drawing import DARK_PALETTE, FIGURE_STYLE, PALETTE, Chart, draw_bar, draw_inline, draw_interval
 from luthier.reports.evidence import Metric, choose_answers
 from luthier.reports.figures import colour, letter, list_charts
+from luthier.reports.findings import describe_asked, list_findings
 from luthier.reports.model import Report
 from luthier.reports.verdict import Verdict, find_artefact, find_gain, find_verdict
 from luthier.reports.words import clip, count_of, show_bytes, show_number, show_share, show_signed, visible
@@ -66,7 +67,7 @@ def _render_run(report: Report) -> str:
         "settings": tables.list_settings(report),
         "footer": _footer(report.folder),
         **_memory(report),
-        **_examples(report),
+        **_compared(report),
     }
     return _render("run.html.jinja", facts)
 
@@ -130,13 +131,21 @@ def _memory(report: Report) -> dict[str, Any]:
     return found
 
 
-def _examples(report: Report) -> dict[str, Any]:
-    if report.comparison is None:
-        return {"examples": []}
-    count = len(report.comparison.answers)
-    shown = choose_answers(report.comparison.answers)
-    how = "by score: best, median and worst" if any(why for why, _ in shown) else "the first ones, since none is scored"
-    return {"examples": shown, "examples_head": f"{len(shown)} of {count_of(count, 'answer')}, {how}"}
+def _compared(report: Report) -> dict[str, Any]:
+    comparison = report.comparison
+    if comparison is None:
+        return {"examples": [], "findings": [], "asked": ""}
+    count = len(comparison.answers)
+    shown = choose_answers(comparison.answers)
+    by = comparison.score or "score"
+    is_ranked = any(why for why, _ in shown)
+    how = f"by {by}: best, median and worst" if is_ranked else "the first ones, since no score tells them apart"
+    return {
+        "examples": shown,
+        "examples_head": f"{len(shown)} of {count_of(count, 'answer')}, {how}",
+        "findings": list_findings(comparison),
+        "asked": describe_asked(comparison),
+    }
 
 
 def _render_runs(reports: Sequence[Report]) -> str:
@@ -174,6 +183,7 @@ def _render(template: str, facts: dict[str, Any]) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, finalize=_shown)
     environment.filters |= {
         "clip": clip,
+        "counts": tables.show_counts,
         "draw": _draw,
         "interval": _draw_interval,
         "number": show_number,

@@ -11,6 +11,7 @@ from luthier.reports.advice import Advice, list_advice
 from luthier.reports.drawing import Chart
 from luthier.reports.evidence import Answer, Comparison, choose_answers
 from luthier.reports.figures import letter, list_charts
+from luthier.reports.findings import describe_asked, list_findings
 from luthier.reports.model import Report
 from luthier.reports.verdict import find_artefact, find_gain, find_verdict
 from luthier.reports.words import clip, count_of, show_number, show_share, show_signed, visible
@@ -18,6 +19,7 @@ from luthier.reports.words import clip, count_of, show_number, show_share, show_
 # An underscore inside a word means nothing to Markdown, and names of settings are full of them.
 _SPECIAL = re.compile(r"([\\`*{}\[\]<>|#~!&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 _SHOWN = 1200
+_MARKS = {"good": "", "open": "", "warn": "**look here**", "bad": "**look here**"}
 _TAGS = {True: "holds", False: "**does not hold**"}
 
 
@@ -90,6 +92,8 @@ def _comparison(comparison: Comparison) -> Iterator[str]:
     yield from ("## Base against tuned", "")
     if comparison.verdict:
         yield from (plain(comparison.verdict), "")
+    if asked := describe_asked(comparison):
+        yield from (f"{plain(asked)}.", "")
     rows = [
         (
             each.name,
@@ -97,12 +101,19 @@ def _comparison(comparison: Comparison) -> Iterator[str]:
             show_number(each.tuned),
             show_signed(each.difference),
             f"{show_signed(each.low)} to {show_signed(each.high)}" if each.has_interval else "",
+            tables.show_counts(each),
             each.change,
         )
         for each in comparison.metrics
     ]
     if rows:
-        yield from _table(("metric", "base", "tuned", "difference", "interval", ""), rows, right=(1, 2, 3))
+        head = ("metric", "base", "tuned", "difference", "95 % interval", "won / even / lost", "")
+        yield from _table(head, rows, right=(1, 2, 3, 5))
+    found = [(each.label, each.sentence, _MARKS[each.mark]) for each in list_findings(comparison)]
+    if found:
+        yield from ("### What else was looked for", "", *_table(("", "found", ""), found, raw=(2,)))
+    if comparison.notes:
+        yield from (*(f"- {plain(note)}" for note in comparison.notes), "")
     shown = choose_answers(comparison.answers)
     if shown:
         yield from (f"### {len(shown)} of {count_of(len(comparison.answers), 'answer')}", "")
@@ -121,7 +132,8 @@ def _answer(name: str, answer: Answer) -> Iterator[str]:
     for title, text, score in parts:
         if text is not None:
             scored = f", score {show_number(score)}" if score is not None else ""
-            yield from (f"{title}{scored}:", "", *_fence(clip(text, _SHOWN)))
+            said = _fence(clip(text, _SHOWN)) if text.strip() else ["(an empty answer)", ""]
+            yield from (f"{title}{scored}:", "", *said)
 
 
 def _of_runs(reports: Sequence[Report], figures: str) -> Iterator[str]:

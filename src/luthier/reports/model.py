@@ -48,8 +48,8 @@ class Steps:
         return self.columns[name]
 
     def points(self, name: str) -> Floats:
-        """Rows of (step, value), those that are finite."""
-        values = self.columns[name]
+        """Rows of (step, value), those that are finite; none of what was never measured."""
+        values = self.columns.get(name, np.full(len(self), np.nan))
         is_finite = np.isfinite(values)
         return np.column_stack([self.number[is_finite].astype(float), values[is_finite]])
 
@@ -132,6 +132,11 @@ class Report:
     certificate: Certificate | None
     remarks: tuple[str, ...]
     """What is wrong with the folder's own files; a report never passes over it."""
+
+    def held_out(self, name: str) -> Floats:
+        """Rows of (step, value) of one thing measured on the held-out rows, those that are finite."""
+        found = [(each.step, each.metrics.get(name, getattr(each, name, math.nan))) for each in self.evaluations]
+        return np.array([pair for pair in found if math.isfinite(pair[1])], float).reshape(-1, 2)
 
     @property
     def is_adapter(self) -> bool:
@@ -251,6 +256,9 @@ def _build_steps(kept: Iterable[dict[str, Any]]) -> Steps:
     taken = {int(event["step"]): event for event in kept if event["kind"] == "step_done"}
     ordered = [taken[number] for number in sorted(taken)]
     columns = {name: np.array([_float(event.get(name)) for event in ordered], float) for name in STEP_VALUES}
+    metrics = [event.get("metrics") or {} for event in ordered]
+    for name in dict.fromkeys(str(name) for each in metrics for name in each):
+        columns.setdefault(name, np.array([_float(each.get(name)) for each in metrics], float))
     return Steps(np.array(sorted(taken), np.int64), columns)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from luthier.data.notes import NOTES
 from luthier.data.reasons import REASONS
+from luthier.reports.evidence import Metric
 from luthier.reports.figures import letter
 from luthier.reports.model import Report
 from luthier.reports.rows import PLACES
@@ -158,7 +159,7 @@ def list_cost(report: Report) -> list[tuple[str, str, str]]:
     memory = [show_bytes(size) if size else MISSING for size in (cost.planned_bytes, cost.measured_bytes)]
     found.append(("peak memory", memory[0], memory[1]))
     if cost.available_bytes:
-        found.append(("memory of the device", MISSING, f"{show_bytes(cost.available_bytes)} free ({cost.device})"))
+        found.append((f"memory of {cost.device or 'the device'}", MISSING, f"{show_bytes(cost.available_bytes)} free"))
     return found
 
 
@@ -203,6 +204,11 @@ def show_setting(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def show_counts(metric: Metric) -> str:
+    """Rows won, even and lost."""
+    return " / ".join(f"{count:,}" for count in metric.counts) if metric.counts else ""
+
+
 # -- several runs ----------------------------------------------------------------------------------------------
 
 
@@ -231,6 +237,7 @@ def list_overview(reports: Sequence[Report]) -> list[Line]:
         Line(
             "tokens right", tuple(show_share(each.kept.token_accuracy, 1) if each.kept else MISSING for each in reports)
         ),
+        *_preferred(reports),
         Line("training loss", tuple(_last_loss(report) for report in reports)),
         _ranked("training time", seconds, show_seconds, is_ranked=False),
         Line("tokens per second", tuple(f"{report.cost.tokens_per_second:,.0f}" for report in reports)),
@@ -239,6 +246,15 @@ def list_overview(reports: Sequence[Report]) -> list[Line]:
         Line("certificate", tuple(_certified(report) for report in reports)),
     ]
     return lines
+
+
+def _preferred(reports: Sequence[Report]) -> list[Line]:
+    """How often the better answer of a held-out pair is preferred, where any run learns from pairs."""
+    shares = [report.kept.metrics.get("reward_accuracy") if report.kept else None for report in reports]
+    if all(share is None for share in shares):
+        return []
+    shown = (MISSING if share is None else show_share(share, 1) for share in shares)
+    return [Line("better answer preferred", tuple(shown))]
 
 
 def are_comparable(reports: Sequence[Report]) -> bool:

@@ -82,6 +82,16 @@ def find_gain(report: Report) -> Verdict:
     comparison = report.comparison
     if comparison is None:
         return Verdict("open", "Not measured yet.", f"luthier compare {report.folder}")
+    found = _gain(report, comparison)
+    overlap = comparison.overlap
+    if found.mark == "good" and overlap is not None and overlap.same_row:
+        were = "was" if overlap.same_row == 1 else "were"
+        told = f"but {overlap.same_row:,} of the {overlap.rows:,} rows it was asked {were} trained"
+        return Verdict("warn", f"{found.sentence.rstrip('.')}, {told}.")
+    return found
+
+
+def _gain(report: Report, comparison: Comparison) -> Verdict:
     better, worse = comparison.named("better"), comparison.named("worse")
     base = comparison.base_model or report.base
     if not comparison.metrics:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from luthier.spec.part import Part
@@ -18,5 +20,9 @@ class Output(Part):
     """Keep the weights of only the newest N checkpoints; when absent every one is kept for adapters."""
     merge: bool = False
     """Merge the adapter into the base at the end."""
+    sinks: list[Literal["tensorboard", "wandb"]] = []
+    """Where losses and metrics go besides the run folder; W&B stays offline unless its own variables say otherwise."""
+    wandb_project: str | None = Field(None, min_length=1)
+    """Project of W&B that the run belongs to; when absent, WANDB_PROJECT, else `luthier`."""
     model_id_file: str | None = None
     """File that receives the `ft:` id of the result."""

@@ -16,7 +16,7 @@ _REVISION = re.compile(r"[\w./-]+")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says; all of it comes from the run's plan and lineage."""
+    """What a card says; all of it comes from the run's plan, its lineage and its report."""
 
     name: str
     base: str
@@ -27,6 +27,8 @@ class CardFacts:
     parents: Sequence[str] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    evidence: Mapping[str, str] = field(default_factory=dict)
+    """What was proved and compared, in words."""
     data_hash: str = ""
     plan_hash: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -51,6 +53,8 @@ def render_card(facts: CardFacts) -> str:
     if facts.metrics:
         shown = {name: f"{value:.4g}" for name, value in facts.metrics.items()}
         parts += ["## Results\n", _table("metric", "value", shown)]
+    if facts.evidence:
+        parts += ["## Evidence\n", _table("what", "found", facts.evidence)]
     if facts.settings:
         parts += ["## Settings\n", _table("setting", "value", facts.settings)]
     parts += ["## Lineage\n", _table("what", "which", _lineage(facts))]

@@ -12,8 +12,9 @@ import numpy as np
 import orjson
 
 from luthier.errors import MissingPathError, ModelError, UnsupportedError
+from luthier.weights.header import TensorEntry
 from luthier.weights.peft import AdapterConfig
-from luthier.weights.shards import Floats, Piece, TensorEntry, read_tensor_file, write_tensor_file
+from luthier.weights.shards import Floats, Piece, read_tensor_file, write_tensor_file
 from luthier.weights.tensors import layer_number
 
 CONFIG = "adapter_config.json"

@@ -13,7 +13,8 @@ import numpy as np
 import orjson
 
 from luthier.errors import MissingPathError, ModelError, UnsupportedError
-from luthier.weights.shards import PICKLED, Floats, Piece, TensorEntry, read_tensor_file, write_tensor_file
+from luthier.weights.header import PICKLED, TensorEntry
+from luthier.weights.shards import Floats, Piece, read_tensor_file, write_tensor_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -13,11 +13,10 @@ import orjson
 
 from luthier.errors import ModelError, UnsupportedError
 from luthier.extras import import_extra
+from luthier.weights.header import PICKLED, read_header
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _OTHER_TOWER = re.compile(r"(?:^|[._])(?:vision|visual|audio|speech|image)(?:[._]|$)|multi_modal|mm_projector")
 _NOT_LINEAR = re.compile(r"norm|embed|(?:^|\.)ln_|relative_attention_bias|rotary|conv")
@@ -118,7 +117,7 @@ def read_shapes(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a model folder, from the headers of its safetensors files."""
     shapes: dict[str, TensorInfo] = {}
     for path in list_weight_files(folder):
-        shapes |= read_header(path)
+        shapes |= {name: TensorInfo(each.dtype, each.shape) for name, each in read_header(path).entries.items()}
     return shapes
 
 
@@ -158,7 +157,9 @@ def list_weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
-    pickled = [path.name for pattern in _PICKLED for path in folder.glob(pattern) if "training_args" not in path.name]
+    pickled = sorted(
+        path.name for path in folder.glob("*.*") if path.suffix in PICKLED and "training_args" not in path.name
+    )
     if pickled:
         raise ModelError(
             f"{folder}: its weights are pickled ({pickled[0]}), and reading those can run code",
@@ -177,32 +178,6 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ModelError(f"{index}: {name!r} is no safetensors file beside it")
     return names
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ModelError(f"{path}: not a whole safetensors file", hint="fetch the model again")
-        header = file.read(length)
-    try:
-        facts = orjson.loads(header)
-        found = {
-            name: TensorInfo(str(entry["dtype"]), tuple(int(each) for each in entry["shape"]))
-            for name, entry in facts.items()
-            if name != "__metadata__"
-        }
-        ends = [int(entry["data_offsets"][1]) for name, entry in facts.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{path}: its header cannot be read: {error}", hint="fetch the model again") from None
-    if 8 + length + max(ends, default=0) != size:
-        raise ModelError(
-            f"{path}: {size:,} bytes where its header says {8 + length + max(ends, default=0):,}",
-            hint="fetch the model again",
-        )
-    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:

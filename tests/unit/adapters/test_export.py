@@ -12,12 +12,13 @@ from click.testing import CliRunner
 
 from luthier.adapters import export as exporting
 from luthier.adapters import merge
-from luthier.adapters.export import ExportOptions, default_folder, export_run, find_certified
+from luthier.adapters.certificate import CERTIFICATE, check_certificate
+from luthier.adapters.export import ExportOptions, default_folder, export_run
 from luthier.adapters.merge import Stopped, merge_adapter
 from luthier.cli.main import app, main
 from luthier.errors import CallError, ModelError, ProofError, RunError, UnsupportedError
 from luthier.runs.layout import MERGED_MODEL
-from luthier.runs.manifest import check_manifest
+from luthier.runs.manifest import check_manifest, hash_file
 from luthier.runs.resolve import practice_folder
 from luthier.runs.run import Run
 from luthier.weights.mlx import read_mlx_adapter
@@ -89,6 +90,8 @@ def test_gguf_holds_the_merged_weights(run: Run, tmp_path: Path, kind: str) -> N
     largest = np.abs(merged[own]).max()
     assert np.abs(found[name] - merged[own]).max() <= (largest / 200 if kind == "q8_0" else 0)
     assert np.abs(found[name] - base[own]).max() > largest / 50
+    assert 0 <= facts.details["largest_error"] <= (max(np.abs(each).max() for each in merged.values()) / 200)
+    assert (facts.details["largest_error"] == 0) is (kind == "own")
     assert facts.details["kind"] == ("bf16" if kind == "own" else kind)
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name != "manifest.json"] == ["model.gguf"]
 
@@ -98,6 +101,44 @@ def test_ollama_is_gguf_and_a_modelfile(run: Run, tmp_path: Path) -> None:
     assert set(facts.files) == {"Modelfile", "model.gguf"}
     assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
     assert facts.details["stops"] == ["<|im_end|>", "<|endoftext|>"]
+
+
+@pytest.mark.parametrize("to", ["gguf", "mlx", "ollama", "peft"])
+def test_an_export_says_on_what_certificate_it_stands(run: Run, tmp_path: Path, to: Any) -> None:
+    claim = {"artefact": "final_lora_weights", "claim": "a", "found": "b", "allowed": "c", "holds": True}
+    told = {"valid": True, "artefact": "final_lora_weights", "made": "today", "claims": [claim], "files": {}}
+    (run.folder / CERTIFICATE).write_text(json.dumps(told))
+    export_run(run, to, tmp_path / "out", WITH)
+    manifest = check_manifest(tmp_path / "out")
+    ground = {
+        "artefact": "final_lora_weights",
+        "claims": 1,
+        "made": "today",
+        "sha256": hash_file(run.folder / CERTIFICATE),
+    }
+    assert (manifest["model"], manifest["certificate"]) == (run.model_id, ground)
+    (entry,) = run.lineage["exports"]
+    assert (entry["to"], entry["folder"], entry["certificate"]) == (to, str(tmp_path / "out"), ground)
+    assert entry["files"] == {name: facts["sha256"] for name, facts in manifest["files"].items()}
+    export_run(run, to, tmp_path / "bare", ExportOptions(None))
+    assert check_manifest(tmp_path / "bare")["certificate"] is None
+    assert [each["certificate"] for each in run.lineage["exports"]] == [ground, None]
+
+
+def test_an_adapter_that_mlx_lm_would_read_otherwise_is_found(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = exporting.write_mlx_adapter
+    monkeypatch.setattr(
+        exporting,
+        "write_mlx_adapter",
+        lambda draft, config, tensors, layers: write(
+            draft, config, {name: values * 2 for name, values in tensors.items()}, layers=layers
+        ),
+    )
+    with pytest.raises(ProofError, match="does not hold what was written"):
+        export_run(run, "mlx", tmp_path / "out", WITH)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_run_s_own_merged_model_is_used_where_it_is_there(run: Run, tmp_path: Path) -> None:
@@ -192,7 +233,7 @@ def test_going_without_a_certificate_is_recorded_each_time(run: Run, tmp_path: P
 
 def test_the_check_of_certificates_refuses_a_run_without_one(run: Run) -> None:
     with pytest.raises(ProofError):
-        find_certified()(run)
+        check_certificate(run)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from luthier.adapters.gguf import GgufFacts, write_gguf
 from luthier.adapters.gguf_layout import build_metadata, read_settings, rope_factors, rotary_order
 from luthier.adapters.gguf_vocabulary import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, read_vocabulary
 from luthier.adapters.merge import Stopped
-from luthier.errors import CallError, ModelError, UnsupportedError
+from luthier.errors import CallError, ModelError, ProofError, UnsupportedError
 from luthier.runs.resolve import practice_folder
 from luthier.weights.shards import TensorFile, read_model_files
 from luthier.weights.tensors import read_config
@@ -158,6 +158,27 @@ def test_every_number_is_within_the_error_of_its_type(tmp_path: Path, name: str,
         blocks = np.abs(values.reshape(-1, 32)).max(1, keepdims=True).repeat(32, 1).reshape(values.shape)
         bound = unit * (blocks * 1.13 if kind == "q8_0" else np.abs(values)) + 1e-7
         assert (np.abs(found[key] - values) <= bound).all(), key
+
+
+@pytest.mark.parametrize("kind", ["own", "f16", "q8_0"])
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_file_that_holds_something_else_is_found(
+    tmp_path: Path, kind: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gguf
+
+    quantize, asked = gguf.quants.quantize, []
+
+    def wrong_once(values: np.ndarray, type_: Any) -> np.ndarray:
+        asked.append(values.shape)
+        if len(asked) == 9:
+            values = values.copy()
+            values.flat[number] += 0.05 * np.abs(values).max()
+        return quantize(values, type_)
+
+    monkeypatch.setattr(gguf.quants, "quantize", wrong_once)
+    with pytest.raises(ProofError, match=r"does not hold the model .* 1 numbers of `[\w.]+` are not the model's"):
+        write_gguf(practice_folder(), tmp_path / NAME, kind)
 
 
 @quiet

@@ -23,6 +23,7 @@ from luthier.runs.layout import MERGED_MODEL
 from luthier.runs.resolve import practice_folder
 from luthier.runs.run import Run
 from tests.unit.adapters.runs import certified, finished_run, uncertified
+from tests.unit.reports.made import comparison, looked_for
 
 # The hub's client itself speaks to its network library in a way that this one would rather not hear any more.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -240,7 +241,12 @@ def test_a_base_that_nobody_else_has_is_a_note(run: Run, hub: Hub) -> None:
 def test_the_command(run: Run, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["push", str(run.folder), REPO]) == 1
     assert "certificate" in capsys.readouterr().err
+    (run.folder / "comparison.json").write_text(json.dumps({**comparison(exact_match="better"), **looked_for()}))
     assert main(["push", str(run.folder), REPO, "--private", "--without-certificate"]) == 0
+    card = hub.files["README.md"].decode()
+    assert "| certificate | none |" in card
+    assert "| exact match | 0.2 in the base, 0.9 here: better (difference +0.6 to +0.8) |" in card
+    assert "| contamination | None of the 12 rows," in card
     assert re.search(rf"pushed: {hub.url}/{REPO}", capsys.readouterr().out)
     assert run.lineage["without_certificate"][0]["what"] == f"push to {REPO}"
     assert main(["push", run.id, REPO, "--without-certificate", "--json"]) == 0

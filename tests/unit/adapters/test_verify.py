@@ -450,12 +450,12 @@ def test_a_certificate_that_contradicts_itself_is_none(spoil: Callable[[Any], An
 def test_prompts_of_a_person_s_own_are_asked_too(run: Run, tmp_path: Path) -> None:
     count = verify_run(run).facts["prompts"]
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "a"}\nplain words\n\n{"messages": [{"role": "user", "content": "b"}]}\n')
+    prompts.write_text('{"prompt": "a"}\n"plain words"\n\n{"messages": [{"role": "user", "content": "b"}]}\n')
     certificate = verify_run(run, prompts=prompts)
     assert certificate.broken == []
     assert certificate.facts["prompts"] == count + 3
     prompts.write_text('{"question": 1}')
-    with pytest.raises(DataError, match=r"prompts\.jsonl:1: neither text nor a row"):
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: expected a text, a list"):
         verify_run(run, prompts=prompts)
 
 

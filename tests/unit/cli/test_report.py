@@ -1,4 +1,4 @@
-"""`luthier report`: the verdict first, the page's path last, and one JSON object where asked."""
+"""`luthier report`: verdict, certificate and the page's path last, and one JSON object where asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from luthier.cli.main import main
-from tests.unit.reports.made import write_hostile, write_run
+from tests.unit.reports.made import certificate, write_hostile, write_run
 
 Captured = pytest.CaptureFixture[str]
 
@@ -17,9 +17,23 @@ def test_one_run_is_told_in_a_few_lines(tmp_path: Path, capsys: Captured) -> Non
     folder = write_run(tmp_path / "run").folder
     assert main(["report", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Trained to the end: held-out loss fell from 1.85")
+    assert lines[0].split() == ["held-out", "loss", "0.5", "1.85", "at", "step", "10"]
+    assert lines[-2].startswith("Trained to the end: held-out loss fell from 1.85")
     assert lines[-1] == f"report  {folder / 'finetune_report.html'}"
     assert (folder / "finetune_report.md").is_file()
+
+
+@pytest.mark.parametrize("is_valid", [True, False])
+def test_verdict_certificate_and_path_come_last(is_valid: bool, tmp_path: Path, capsys: Captured) -> None:
+    folder = write_run(tmp_path / "run").folder
+    claims = [{**each, "artefact": "final_lora_weights"} for each in certificate(is_valid=is_valid)["claims"]]
+    told = {**certificate(is_valid=is_valid), "claims": claims, "artefact": "final_lora_weights", "files": {}}
+    (folder / "certificate.json").write_text(json.dumps(told))
+    assert main(["report", str(folder)]) == 0
+    verdict, proof, page = capsys.readouterr().out.splitlines()[-3:]
+    assert verdict.startswith("Trained to the end" if is_valid else "Do not use this model")
+    assert proof.startswith(f"certificate {'valid: final_lora_weights is' if is_valid else 'NOT VALID: 1 of 2 claims'}")
+    assert page == f"report  {folder / 'finetune_report.html'}"
 
 
 def test_several_runs_go_into_a_folder_of_their_own(

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from luthier.data.prompts import Prompt
 from luthier.engines.verbs import SampleParams
 from luthier.evals import answers
 from luthier.evals.answers import Remembered, Subject
 from luthier.evals.asked import Reading, options_for, read_asked, read_plain
-from luthier.evals.prompts import Prompt
 from luthier.runs.resolve import ResolvedModel, practice_folder
 from luthier.spec.data import Data
 from tests.unit.evals.scripted import Scripted

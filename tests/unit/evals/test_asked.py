@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from luthier.data.prompts import Prompt
 from luthier.data.source import open_source
 from luthier.errors import DataError
 from luthier.evals.asked import AskedRows, Reading, options_for, read_asked, read_plain
-from luthier.evals.prompts import Prompt
 from luthier.runs.resolve import practice_folder
 from luthier.spec.data import Data
 

@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from luthier.engines.verbs import SampleParams
-from luthier.errors import CallError, ModelError
+from luthier.errors import CallError, DataError, ModelError
 from luthier.evals import answers
 from luthier.evals.compare import JUDGED, LOSS, METRIC, PAIRS, Compared, Wanted, compare_model, list_named
 from luthier.evals.judge import Judge
@@ -219,3 +219,9 @@ def test_different_tokenizers_are_not_compared_by_loss(tuned: Path, tmp_path: Pa
     assert list(found["metrics"]) == ["exact match", "valid JSON"]
     assert found["forgetting"] == {}
     assert any("different tokenizers" in note for note in found["notes"])
+
+
+def test_a_general_text_that_says_nothing_is_refused(tuned: Path, tmp_path: Path) -> None:
+    (tmp_path / "general.txt").write_text("x")
+    with pytest.raises(DataError, match="too short to measure forgetting"):
+        compare(tuned, data=write_rows(tmp_path / "rows.jsonl", ROWS), general=tmp_path / "general.txt")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -39,6 +40,8 @@ class Course:
     )
     metrics: dict[str, float] = field(default_factory=dict)
     grad_norm: float = 0.5
+    of_steps: Callable[[int], dict[str, float]] = lambda step: {}
+    """Metrics of a training step."""
     more: Sequence[dict[str, Any]] = ()
     last: dict[str, Any] | None = None
 
@@ -80,6 +83,22 @@ def write_run(folder: Path, course: Course | None = None, rows: list[Any] | None
     return Run(folder)
 
 
+def paired(count: int = 60) -> Course:
+    """A course of training on pairs: the better answer's reward rises, the other one's falls."""
+
+    def rewards(step: int) -> dict[str, float]:
+        share = step / count
+        wave = 0.1 * math.sin(step)
+        chosen, rejected = 0.5 * share + wave, -1.5 * share + wave
+        found = {"reward_accuracy": min(1.0, 0.5 + share), "reward_chosen": chosen}
+        return {**found, "reward_margin": chosen - rejected, "reward_rejected": rejected}
+
+    losses = [0.69 - 0.005 * step for step in range(count)]
+    return Course(
+        losses, {step: losses[step - 1] for step in range(20, count + 1, 20)}, rewards(count), of_steps=rewards
+    )
+
+
 def list_events(name: str, course: Course) -> list[dict[str, Any]]:
     """The events of such a run, a second between each and the next."""
     memory = {
@@ -102,7 +121,7 @@ def list_events(name: str, course: Course) -> list[dict[str, Any]]:
         {"kind": "engine_loaded", "seconds": 2.5, "packed": True, "trainable": 50_000, "dtype": "bf16"},
     ]
     for step, loss in enumerate(course.losses, 1):
-        events.append(step_done(step, loss, grad_norm=course.grad_norm))
+        events.append(step_done(step, loss, grad_norm=course.grad_norm, metrics=course.of_steps(step)))
         if step in course.held_out:
             events.append(evaluated(step, course.held_out[step], course.metrics))
     events += course.more
@@ -163,8 +182,35 @@ def comparison(count: int = 12, *, prompt: str = "question", **changes: str) -> 
         for number in range(count)
     ]
     numbers = {"base": 0.2, "tuned": 0.9, "difference": 0.7, "low": 0.6, "high": 0.8}
-    metrics = {name.replace("_", " "): {**numbers, "verdict": change} for name, change in changes.items()}
+    rows = {"wins": 9, "ties": 2, "losses": 1}
+    metrics = {name.replace("_", " "): {**numbers, **rows, "verdict": change} for name, change in changes.items()}
     return {"base_model": "practice", "lora_weights": "w", "results": results, "metrics": metrics, "verdict": "as told"}
+
+
+def looked_for(count: int = 12, **changes: Any) -> dict[str, Any]:
+    """What a comparison.json tells beside its metrics, as it is where all is well but the length of the answers."""
+    reach = {"difference": 0.0, "low": -0.1, "high": 0.1}
+    found: dict[str, Any] = {
+        "drift": {
+            "words": {"base": 8.0, "tuned": 14.5, "difference": 6.5, "low": 5.0, "high": 8.0, "verdict": "longer"},
+            "refusals": {"base": 0.0, "tuned": 0.0, **reach, "verdict": "no detectable difference"},
+        },
+        "forgetting": {"metric": "general text perplexity", "base": 4.0, "tuned": 4.1, **reach, "verdict": ""},
+        "contamination": {"rows": count, "training_rows": 300, "same_row": 0, "same_prompt": 0},
+        "parroting": {"base": 0, "tuned": 0, "answers": count},
+        "asked": {
+            "from": "held.jsonl",
+            "prompts": count,
+            "max_tokens": 150,
+            "temperature": 0.7,
+            "seed": 0,
+            "cut": {"base": 0, "tuned": 0},
+        },
+        "notes": [],
+    }
+    return {
+        key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value for key, value in found.items()
+    }
 
 
 def certificate(*, is_valid: bool = True) -> dict[str, Any]:
@@ -189,7 +235,10 @@ def write_hostile(folder: Path) -> Run:
     compared["metrics"][HOSTILE] = {"base": 1, "tuned": 2, "difference": 1, "low": 0, "high": 2, "verdict": HOSTILE}
     for result in compared["results"]:
         result |= {"lora_response": HOSTILE, "base_response": HOSTILE, "reference": HOSTILE}
-    compared |= {"base_model": HOSTILE, "verdict": HOSTILE}
+    compared |= {"base_model": HOSTILE, "verdict": HOSTILE, **looked_for(), "notes": [HOSTILE]}
+    compared["asked"]["from"] = compared["forgetting"]["metric"] = HOSTILE
+    compared["drift"]["words"]["verdict"] = compared["drift"]["refusals"]["verdict"] = HOSTILE
+    compared["drift"][HOSTILE] = compared["drift"]["words"]
     (folder / "comparison.json").write_text(json.dumps(compared))
     claims = [{"claim": HOSTILE, "found": HOSTILE, "allowed": HOSTILE, "holds": True}]
     (folder / "certificate.json").write_text(json.dumps({"valid": True, "claims": claims}))

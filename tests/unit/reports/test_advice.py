@@ -16,7 +16,7 @@ from luthier.reports.advice import RULES, list_advice
 from luthier.reports.model import read_report
 from luthier.spec.problems import list_kinds
 from luthier.spec.run import RunSpec
-from tests.unit.reports.made import Course, comparison, ledger, make_report, write_run
+from tests.unit.reports.made import Course, comparison, ledger, looked_for, make_report, write_run
 
 NOISE = np.random.default_rng(0).normal(size=400)
 
@@ -51,6 +51,16 @@ CASES = {
     "overfitting": Case('evaluate.keep = "best"', Course(curve(2, 0.3), OVERFITTED)),
     "still_falling": Case(
         "optim.epochs = 4", Course(curve(2, 0.8), held(1.9, 1.7, 1.5, 1.4, 1.3, 1.2, 1.1, 1.0, 0.9, 0.8))
+    ),
+    "compared_on_trained": Case(
+        "data.train = a file without these rows",
+        Course(curve(2, 0.8), FALLING),
+        compared={**comparison(exact_match="better"), **looked_for(contamination={"same_row": 3, "same_prompt": 3})},
+    ),
+    "parroted": Case(
+        "optim.epochs = 1, and more rows that differ",
+        Course(curve(2, 0.8), FALLING),
+        compared={**comparison(exact_match="better"), **looked_for(parroting={"tuned": 3})},
     ),
     "early_stop": Case(
         "evaluate.early_stop_patience = 2, and evaluate.min_improvement = 0.002",
@@ -109,6 +119,17 @@ CASES = {
         compared=comparison(exact_match="no detectable difference"),
     ),
 }
+
+
+@pytest.mark.parametrize(("tuned", "weight"), [(4.04, "consider"), (4.4, "act")])
+def test_forgetting_hardly_anything_presses_nobody(tuned: float, weight: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    name = "general text perplexity"
+    lost = {"base": 4.0, "tuned": tuned, "difference": tuned - 4, "low": 0.01, "high": 1.0, "verdict": "worse"}
+    told = {**comparison(), "metrics": {name: lost}, "forgetting": {"metric": name, **lost}}
+    (run.folder / "comparison.json").write_text(json.dumps(told))
+    (found,) = [each for each in list_advice(read_report(run)) if each.title == "Forget less"]
+    assert found.weight == weight
 
 
 def test_every_rule_has_a_case() -> None:

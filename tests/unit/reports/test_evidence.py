@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from luthier.errors import RunError
-from luthier.reports.evidence import Answer, choose_answers, read_certificate, read_comparison
+from luthier.reports.evidence import Answer, build_comparison, choose_answers, read_certificate, read_comparison
 from tests.unit.reports.made import certificate, comparison
 
 
@@ -53,8 +54,25 @@ def test_the_comparison_of_the_seed_is_read(tmp_path: Path) -> None:
     assert found.named("no detectable difference") == ["length"]
     assert found.metrics[0].has_interval
     last = found.answers[-1]
-    assert (last.prompt, last.base, last.gain) == ('[{"role":"user","content":"a"}]', None, None)
+    assert (last.prompt, last.base, last.gain) == ("a", None, None)
     assert found.answers[0].gain == -0.1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("a\nb", "a\nb"),
+        ([{"role": "user", "content": "a"}], "a"),
+        ([{"role": "system", "content": "s"}, {"role": "user", "content": "a"}], "system: s\n\nuser: a"),
+        ([{"role": "assistant", "content": "b"}], "assistant: b"),
+        ([{"role": "user"}], '[{"role":"user"}]'),
+        ([], "[]"),
+        ({"a": 1}, '{"a":1}'),
+    ],
+)
+def test_a_prompt_reads_as_a_conversation(prompt: Any, shown: str) -> None:
+    found = build_comparison({"results": [{"prompt": prompt, "lora_response": "b"}]})
+    assert found.answers[0].prompt == shown
 
 
 def answers(*scores: float | None) -> list[Answer]:
@@ -72,4 +90,5 @@ def test_few_or_unscored_answers_are_shown_as_they_are() -> None:
     assert [why for why, _ in choose_answers(answers(0.5))] == ["best"]
     assert [answer.prompt for _, answer in choose_answers(answers(*[None] * 9))] == ["p0", "p1", "p2", "p3", "p4", "p5"]
     assert [why for why, _ in choose_answers(answers(0.5, None))] == ["", ""]
+    assert [why for why, _ in choose_answers(answers(0.5, 0.5, 0.5))] == ["", "", ""]
     assert choose_answers([]) == []

@@ -11,7 +11,8 @@ import pytest
 from luthier.reports.drawing import draw_bar, draw_file, draw_inline, draw_interval
 from luthier.reports.figures import letter, list_charts
 from luthier.reports.scale import MAX_POINTS
-from tests.unit.reports.made import HOSTILE, Course, ledger, make_report
+from luthier.reports.tables import list_overview
+from tests.unit.reports.made import HOSTILE, Course, ledger, make_report, paired
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -37,6 +38,39 @@ def test_several_runs_share_their_figures(tmp_path: Path) -> None:
     assert [name for name, _, _ in charts[0].legend] == ["A", "B", "C"]
     assert charts[-1].bins is not None
     assert len(ElementTree.fromstring(draw_file(charts[0])).findall(f".//{SVG}path")) >= 6
+
+
+REWARDS = ["rewards", "reward_margin", "reward_accuracy"]
+
+
+def test_a_run_on_pairs_shows_its_rewards(tmp_path: Path) -> None:
+    charts = list_charts([make_report(tmp_path / "run", paired(), objective={"kind": "dpo"})])
+    assert [chart.name for chart in charts][:4] == ["loss", *REWARDS]
+    both, margin, accuracy = charts[1:4]
+    assert [name for name, _, _ in both.legend] == ["chosen", "chosen, held out", "rejected", "rejected, held out"]
+    assert both.y_axis.low < -1 < 0.4 < both.y_axis.high
+    assert [len(each.points) for each in margin.series if each.style == "dots"] == [3]
+    assert (accuracy.y_axis.low, accuracy.y_axis.high) == (0, 1)
+    for chart in charts:
+        ElementTree.fromstring(draw_file(chart))
+
+
+@pytest.mark.parametrize(
+    "course", [Course(metrics={"reward_margin": 1.0}), Course(of_steps=lambda _: {"reward_margin": 1})]
+)
+def test_only_what_was_measured_is_drawn(course: Course, tmp_path: Path) -> None:
+    names = [chart.name for chart in list_charts([make_report(tmp_path / "run", course)])]
+    assert [name for name in names if name in REWARDS] == ["reward_margin"]
+
+
+def test_several_runs_on_pairs_share_their_rewards(tmp_path: Path) -> None:
+    courses = {"a": paired(), "b": Course(), "c": paired(30)}
+    reports = [make_report(tmp_path / name, course) for name, course in courses.items()]
+    charts = {chart.name: chart for chart in list_charts(reports)}
+    assert charts.keys() & set(REWARDS) == set(REWARDS[1:])
+    assert [len(each.points) for each in charts["reward_margin"].series] == [60, 0, 30]
+    line = next(line for line in list_overview(reports) if line.label == "better answer preferred")
+    assert line.values == ("100 %", "-", "100 %")
 
 
 def test_a_long_run_is_thinned(tmp_path: Path) -> None:

@@ -16,7 +16,17 @@ import pytest
 
 from luthier.reports.html import render_page
 from luthier.reports.model import Report, read_report
-from tests.unit.reports.made import HOSTILE, Course, certificate, comparison, make_report, write_hostile, write_run
+from tests.unit.reports.made import (
+    HOSTILE,
+    Course,
+    certificate,
+    comparison,
+    looked_for,
+    make_report,
+    paired,
+    write_hostile,
+    write_run,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -55,7 +65,9 @@ def hostile(tmp_path: Path) -> Report:
 @pytest.fixture
 def judged(tmp_path: Path) -> Report:
     run = write_run(tmp_path / "judged")
-    (run.folder / "comparison.json").write_text(json.dumps(comparison(exact_match="better", length="worse")))
+    (run.folder / "comparison.json").write_text(
+        json.dumps({**comparison(exact_match="better", length="worse"), **looked_for()})
+    )
     (run.folder / "certificate.json").write_text(json.dumps(certificate()))
     return read_report(run)
 
@@ -169,4 +181,28 @@ def test_paper_is_light_whatever_the_screen_is(browser: Browser, judged: Report,
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate("getComputedStyle(document.querySelector('h1')).color") == "rgb(29, 33, 41)"
     assert not page.locator("nav").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     page.close()
+
+
+LINES = """() => [...document.querySelectorAll("tbody th, .outcome")].map(each => {
+  const range = document.createRange();
+  range.selectNodeContents(each);
+  return [new Set([...range.getClientRects()].map(box => Math.round(box.top / 10))).size, each.textContent];
+})"""
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here: install Debian's package `chromium`")
+@pytest.mark.parametrize("width", [390, 700, 1280])
+def test_no_label_is_broken_into_letters(width: int, browser: Browser, judged: Report, tmp_path: Path) -> None:
+    long = "/somewhere/far/away/" + "and/on" * 12
+    runs = [make_report(tmp_path / name, paired(), data={"train": f"{long}/{name}.jsonl"}) for name in ("one", "two")]
+    for reports in ([judged], runs):
+        path = tmp_path / f"{len(reports)}.html"
+        path.write_text(render_page(reports), "utf-8")
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.goto(path.as_uri())
+        most, text = max(page.evaluate(LINES))
+        assert most <= 4, text
+        page.close()

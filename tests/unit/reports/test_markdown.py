@@ -17,7 +17,9 @@ from tests.unit.reports.made import (
     certificate,
     comparison,
     ledger,
+    looked_for,
     make_report,
+    paired,
     write_hostile,
     write_lines,
     write_run,
@@ -34,7 +36,8 @@ def test_the_report_of_a_small_run(tmp_path: Path) -> None:
     rejected = {"file": "rows.jsonl", "line": 361, "reason": "not_json", "message": "not JSON", "row": '{"text": '}
     write_lines(run.folder / "rejected.jsonl", [rejected])
     compared = comparison(exact_match="better", length="no detectable difference")
-    (run.folder / "comparison.json").write_text(json.dumps(compared))
+    found = looked_for(contamination={"same_row": 1, "same_prompt": 3}, parroting={"tuned": 2})
+    (run.folder / "comparison.json").write_text(json.dumps({**compared, **found, "notes": ["a note"]}))
     (run.folder / "certificate.json").write_text(json.dumps(certificate()))
     check_golden("report.md", settled(render_markdown([read_report(run)]), tmp_path))
 
@@ -44,6 +47,11 @@ def test_the_report_of_two_runs(tmp_path: Path) -> None:
     slower = Course(held_out={step: 2.0 - 0.01 * step for step in range(10, 101, 10)})
     second = make_report(tmp_path / "lora_second", slower, method={"rank": 4, "alpha": 8})
     check_golden("report_of_two.md", settled(render_markdown([first, second]), tmp_path))
+
+
+def test_the_report_of_a_run_on_pairs(tmp_path: Path) -> None:
+    report = make_report(tmp_path / "dpo_run", paired(), objective={"kind": "dpo"})
+    check_golden("report_of_pairs.md", settled(render_markdown([report]), tmp_path))
 
 
 def test_foreign_text_stays_text(tmp_path: Path) -> None:

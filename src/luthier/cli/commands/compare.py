@@ -134,15 +134,18 @@ def _write(found: list[Compared], output: str | None, wanted: Wanted) -> list[Pa
 
 
 def _print_one(facts: dict[str, Any]) -> None:
+    from luthier.reports.evidence import build_comparison
+    from luthier.reports.findings import list_findings
+
     say(_visible(facts["model"]))
     say(f"  {facts['asked']['prompts']:,} prompts, from {_visible(facts['asked']['from'])}")
     if facts["metrics"]:
         _print_metrics(facts)
     for name, value in facts.get("measured", {}).items():
         say(f"  {name}  {value:.4g}")
-    for key, entry in facts.get("drift", {}).items():
-        if entry["verdict"] != "no detectable difference":
-            say(f"  {key}: {entry['verdict']} ({entry['base']:.3g} to {entry['tuned']:.3g})")
+    for finding in list_findings(build_comparison(facts)):
+        if finding.mark != "good":
+            say(f"  {finding.label}: {_visible(finding.sentence)}")
     for note in facts["notes"]:
         say(f"  note: {_visible(note)}")
     _print_answers(facts)

@@ -37,11 +37,12 @@ _KINDS = ("own", "f32", "f16", "bf16", "q8_0")
 )
 def command(run: str, to: str, output: Path | None, quantise: str, without_certificate: bool, as_json: bool) -> None:
     """Write the result of RUN as a PEFT adapter, a merged model, for mlx_lm, as GGUF, or for Ollama."""
-    from luthier.adapters.export import ExportOptions, Target, export_run, find_certified
+    from luthier.adapters.certificate import check_certificate
+    from luthier.adapters.export import ExportOptions, Target, export_run
     from luthier.runs.run import open_run
 
     target: Target = to  # type: ignore[assignment]
-    certified = None if without_certificate else find_certified()
+    certified = None if without_certificate else check_certificate
     facts = export_run(open_run(run), target, output, ExportOptions(certified, quantise=quantise))
     if as_json:
         print_json(
@@ -58,6 +59,9 @@ def command(run: str, to: str, output: Path | None, quantise: str, without_certi
     for note in facts.notes:
         warn(note)
     print_table([(name, f"{size:,} bytes") for name, size in facts.files.items()], right=(1,))
+    if "largest_error" in facts.details:
+        kind, error = facts.details["kind"], facts.details["largest_error"]
+        say(f"read back: every number is the model's within the rounding of {kind} (largest error {error:.2g})")
     say(f"{facts.to}: {facts.folder}")
     if facts.to == "ollama":
         say(f"next: ollama create NAME -f {facts.folder}/Modelfile")

@@ -40,14 +40,14 @@ def command(
 
     The model appears only once another process has found that it is base + adapter; what it found is shown as a table.
     """
-    from luthier.adapters.export import find_certified
+    from luthier.adapters.certificate import check_certificate
     from luthier.adapters.merge import Stopped
     from luthier.adapters.verify import MergeOptions, merge_run
     from luthier.runs.run import open_run
     from luthier.training.signals import EXIT_CODES, StopFlag
 
     opened, stop = open_run(run), StopFlag()
-    certified = None if without_certificate else find_certified()
+    certified = None if without_certificate else check_certificate
     options = MergeOptions(certified, dtype, nf4, should_stop=lambda: bool(stop))
     try:
         with opened.lock(), heartbeat(f"merging {opened.id} and certifying the result", quiet=as_json), stop:

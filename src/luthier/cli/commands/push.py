@@ -21,12 +21,16 @@ def command(run: str, repo: str, private: bool, merged: bool, without_certificat
     """Put the result of RUN on the hub as ORG/NAME, with a card; the token comes from HF_TOKEN."""
     from dataclasses import asdict
 
-    from luthier.adapters.export import find_certified
+    from luthier.adapters.certificate import check_certificate
     from luthier.adapters.push import PushOptions, push_run
+    from luthier.reports.findings import list_evidence
+    from luthier.reports.model import read_report
     from luthier.runs.run import open_run
 
-    certified = None if without_certificate else find_certified()
-    facts = push_run(open_run(run), repo, PushOptions(certified, private=private, merged=merged))
+    certified = None if without_certificate else check_certificate
+    opened = open_run(run)
+    options = PushOptions(certified, private=private, merged=merged, evidence=list_evidence(read_report(opened)))
+    facts = push_run(opened, repo, options)
     if as_json:
         print_json(asdict(facts))
         return

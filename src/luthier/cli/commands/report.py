@@ -10,6 +10,7 @@ import click
 from luthier.cli.output import Command, paint, print_json, print_table, say, warn
 
 if TYPE_CHECKING:
+    from luthier.adapters.certificate import Certificate
     from luthier.reports.model import Report
     from luthier.reports.write import ReportPaths
 
@@ -27,6 +28,7 @@ _FOLDER = "finetune_report"
 )
 def command(runs: tuple[str, ...], output_dir: str | None, as_json: bool) -> None:
     """Say what a RUN came to, and write its report; several are set side by side."""
+    from luthier.adapters.certificate import find_certificate
     from luthier.reports.model import read_report
     from luthier.reports.write import write_reports
     from luthier.runs.run import open_run
@@ -38,19 +40,20 @@ def command(runs: tuple[str, ...], output_dir: str | None, as_json: bool) -> Non
     if as_json:
         print_json(_as_dict(reports, paths))
     elif len(reports) == 1:
-        _print_one(reports[0], paths)
+        _print_one(reports[0], paths, find_certificate(opened[0]))
     else:
         _print_several(reports, paths)
 
 
-def _print_one(report: Report, paths: ReportPaths) -> None:
+def _print_one(report: Report, paths: ReportPaths, certificate: Certificate | None) -> None:
+    """The numbers first, so that the verdict, the proof and the page are the last thing on the screen."""
+    from luthier.cli.ending import describe_certificate
     from luthier.reports.advice import list_advice
     from luthier.reports.tables import list_facts
     from luthier.reports.verdict import find_verdict
     from luthier.reports.words import visible
 
     verdict = find_verdict(report)
-    say(paint(visible(verdict.sentence), _COLOURS[verdict.mark]))
     print_table([(fact.label, fact.value, fact.note) for fact in list_facts(report)])
     for remark in report.remarks:
         warn(visible(remark))
@@ -60,6 +63,9 @@ def _print_one(report: Report, paths: ReportPaths) -> None:
         for piece in pieces:
             say(f"  {piece.title}: {visible(piece.evidence)}")
             say(f"    {paint(piece.change, '36')}")
+    say(paint(visible(verdict.sentence), _COLOURS[verdict.mark]))
+    if certificate is not None:
+        say(describe_certificate(certificate))
     say(f"report  {paths.page}")
 
 

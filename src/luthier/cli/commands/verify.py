@@ -15,7 +15,7 @@ from luthier.cli.output import Command, heartbeat, print_json, say
     "--prompts",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Ask about these too: a prompt on each line, or JSON rows with `prompt` or `messages`.",
+    help="Ask about these too: a line of text each, or a .json or .jsonl file as `luthier compare` takes it.",
 )
 def command(run: str, prompts: Path | None, as_json: bool) -> int:
     """Hold the result of RUN against what the live model said, and write its certificate.

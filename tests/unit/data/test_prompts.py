@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from luthier.data.prompts import Prompt, read_prompts
 from luthier.errors import CallError, LuthierError, MissingPathError
-from luthier.evals.prompts import Prompt, list_default_prompts, read_prompts
+from luthier.evals.prompts import list_default_prompts
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -58,6 +59,10 @@ def test_an_answered_prompt_belongs_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(CallError, match="answered already") as caught:
         read_prompts(path)
     assert "--data" in caught.value.hint
+    assert read_prompts(path, drop_answers=True) == [Prompt(HI)]
+    path.write_text(json.dumps([answered[0][1:]]))
+    with pytest.raises(CallError, match="answered already"):
+        read_prompts(path, drop_answers=True)
     with pytest.raises(MissingPathError):
         read_prompts(tmp_path / "none.json")
 
