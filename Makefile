@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-EXTRAS := fast,parquet,zstd,hf,torch,gguf,tensorboard,wandb,dev,bench
+EXTRAS := fast,parquet,zstd,hf,torch,gguf,tensorboard,wandb,server,dev,bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # More arguments for the one install of torch, for instance an index that has the build for this machine.
 TORCH_ARGS ?=
@@ -13,10 +13,12 @@ ENGINE ?= torch
 # More arguments for pytest, for instance ARGS="-k mask".
 ARGS ?=
 WORKERS ?= 2
+# Where `make test-clients` keeps the environments that it installs clients into.
+CLIENTS ?= $(HOME)/.cache/luthier/clients
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo genrm test test-fast check lint fix golden docs docs-check constraints bench-data bench-train-cpu soak
+.PHONY: help setup demo genrm test test-fast test-clients check lint fix golden docs docs-check constraints bench-data bench-train-cpu bench-service soak
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +48,9 @@ test: setup lint  ## everything: linters, types, layers, generated docs, then al
 
 test-fast: setup  ## the tests that take under a minute together
 	@$(PYTEST) -m 'not slow and not browser' $(ARGS)
+
+test-clients: setup  ## the published clients of OpenAI and Synth, installed and run against a server of ours
+	@LUTHIER_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest tests/clients/test_clients.py $(ARGS)
 
 check: test  ## before a push: the same as `make test`
 
@@ -78,6 +83,9 @@ bench-data: setup  ## the data benchmark beside TRL, one table
 
 bench-train-cpu: setup  ## the training benchmark beside TRL, one table a row
 	@$(BIN)/python benchmarks/train_cpu.py $(ARGS)
+
+bench-service: setup  ## the job service under load, one table
+	@$(BIN)/python benchmarks/service.py $(ARGS)
 
 soak: setup  ## all tests, with many more examples for each property and 50 random kills of each kind of run
 	@HYPOTHESIS_PROFILE=thorough LUTHIER_KILLS=50 $(PYTEST) $(ARGS)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -77,6 +79,7 @@ def build_pages(*, with_outputs: bool = False) -> Iterator[tuple[Path, str]]:
     yield REFERENCE / "commands.md", render_commands()
     yield REFERENCE / "errors.md", render_errors()
     yield REFERENCE / "reasons.md", render_reasons()
+    yield REFERENCE / "server.md", render_server()
     readme = replace_tree(README.read_text("utf-8"))
     if not with_outputs:
         yield README, readme
@@ -274,6 +277,138 @@ def render_reasons() -> str:
         table(("note", "what happened"), notes),
         "A held-out row whose prompt is trained too carries `prompt_in_train`.",
     )
+
+
+# -- the routes of the server --------------------------------------------------------------------------------------
+
+_VERBS = ("get", "post", "put", "patch", "delete")
+_TWICE = "/api/v1/"
+"""The Synth routes lie below /api and again below here."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """What one function of the server answers, under all its paths."""
+
+    verb: str
+    tag: str
+    sentence: str
+    scope: str
+    body: str
+    paths: tuple[str, ...]
+
+
+def read_document() -> dict[str, Any]:
+    """The OpenAPI document of a server; no database is opened for it."""
+    from luthier.server.app import create_routes
+
+    found: dict[str, Any] = create_routes(None).openapi()  # type: ignore[arg-type]
+    return found
+
+
+def list_routes(document: dict[str, Any]) -> list[Route]:
+    """Every route, those that answer the same under several paths as one."""
+    routes: dict[tuple[str, ...], list[str]] = {}
+    for path, item in document["paths"].items():
+        for verb in _VERBS:
+            if verb not in item or (path.startswith(_TWICE) and path.replace(_TWICE, "/api/") in document["paths"]):
+                continue
+            operation = item[verb]
+            sentence = (operation.get("description") or operation["summary"]).split("\n\n")[0].replace("\n", " ")
+            named = (verb.upper(), operation.get("tags", ["server"])[0], sentence, _scope(operation), _body(operation))
+            routes.setdefault(named, []).append(path)
+    return [Route(*named, tuple(paths)) for named, paths in routes.items()]
+
+
+def _scope(operation: dict[str, Any]) -> str:
+    scopes = {scope for each in operation.get("security", []) for found in each.values() for scope in found}
+    return next(iter(scopes), "none")
+
+
+def _body(operation: dict[str, Any]) -> str:
+    content = operation.get("requestBody", {}).get("content", {})
+    if "application/json" in content:
+        return str(content["application/json"]["schema"].get("$ref", "")).rpartition("/")[2]
+    return next(iter(content), "")
+
+
+def render_server() -> str:
+    """Every route by dialect, and the bodies that they take."""
+    document = read_document()
+    routes = list_routes(document)
+    parts = [
+        "What `luthier serve` answers. The same as a machine reads it: `GET /luthier/v1/openapi.json`. A key goes into "
+        "`Authorization: Bearer KEY` or `X-API-Key: KEY`; one of scope `submit` may also `read`, and `admin` may all. "
+        'Failures have the shape of the dialect: `{"error": {"message", "type", "param", "code"}}` under `/v1`, '
+        'the same with `detail`, `code` and `message` beside it under `/api`, and `{"error": {"code", "message", '
+        '"hint", "where"}}` under `/luthier/v1`. The codes are those of [the errors](errors.md).',
+        "The routes under `/api` answer under `/api/v1` as well.",
+    ]
+    for tag in dict.fromkeys(route.tag for route in routes):
+        rows = [
+            (
+                "<br>".join(f"`{route.verb} {path}`" for path in route.paths),
+                route.sentence,
+                route.scope,
+                _of(route.body),
+            )
+            for route in routes
+            if route.tag == tag
+        ]
+        parts += [f"## {tag[0].upper()}{tag[1:]}", table(("route", "what it does", "scope", "body"), rows)]
+    for name, schema in _list_bodies(document, routes):
+        parts += [f"## `{name}`", _schema_sentence(schema), _properties(schema)]
+    return page("The server", *parts)
+
+
+def _list_bodies(document: dict[str, Any], routes: list[Route]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The bodies that routes take, and what stands inside them; the run spec has a page of its own."""
+    schemas = document["components"]["schemas"]
+    left = [route.body for route in routes if route.body in schemas]
+    seen = {RunSpec.__name__}
+    while left:
+        name = left.pop(0)
+        if name in seen:
+            continue
+        seen.add(name)
+        yield name, schemas[name]
+        inside = re.findall(r'"#/components/schemas/(\w+)"', json.dumps(schemas[name]))
+        left = [*inside, *left]
+
+
+def _of(body: str) -> str:
+    return body if "/" in body or not body else f"`{body}`"
+
+
+def _schema_sentence(schema: dict[str, Any]) -> str:
+    return str(schema.get("description", "")).split("\n\n")[0].replace("\n", " ")
+
+
+def _properties(schema: dict[str, Any]) -> str:
+    needed = schema.get("required", [])
+    rows = [
+        (f"`{key}`", _schema_type(value), "yes" if key in needed else "", str(value.get("description", "")))
+        for key, value in schema.get("properties", {}).items()
+    ]
+    return table(("key", "type", "needed", "what it says"), rows)
+
+
+def _schema_type(schema: dict[str, Any]) -> str:
+    """A JSON schema in words."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return "[a run spec](spec.md)" if name == RunSpec.__name__ else f"`{name}`"
+    if "const" in schema:
+        return f'`"{schema["const"]}"`'
+    if "enum" in schema:
+        return ", ".join(f'`"{value}"`' for value in schema["enum"])
+    if "anyOf" in schema:
+        return " or ".join(_schema_type(each) for each in schema["anyOf"] if each.get("type") != "null")
+    names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
+    kind = str(schema.get("type", "anything"))
+    if kind == "array":
+        return f"list of {_schema_type(schema.get('items', {}))}"
+    return names.get(kind, kind)
 
 
 # -- the tree in the README ----------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ _LOOPBACK = ("127.", "::1", "localhost")
 # Whole folders and files that load models in nearly every test: `make test` runs them, `make test-fast` does not.
 _SLOW_PLACES = (
     "runs/",
+    "service/test_running.py",
+    "service/test_schema.py",
     "unit/adapters/",
     "unit/engines/",
     "unit/evals/",

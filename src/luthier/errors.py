@@ -3,6 +3,7 @@
     LuthierError
     |-- CallError          the command or function was called wrongly
     |-- SpecError          the run spec does not hold
+    |   `-- MissingGpuTypeError  a Synth job names no kind of accelerator
     |-- DataError          rows, files or splits do not hold
     |   |-- RejectedRowsError   more bad rows than the spec allows
     |   |-- MaskError      the tokens to train cannot be told, or there are none
@@ -19,6 +20,7 @@
     |-- HubError           the model hub refused, or could not be reached
     |-- JudgeError         the model that judges answers refused, or could not be reached
     |-- SinkError          another place for a run's events could not be opened
+    |-- HostError          the process that holds a model died, or has no room
     |-- StorageError       the disk refused
     |   `-- DiskFullError       there is no room left
     |-- TrainingError      training cannot go on
@@ -27,6 +29,18 @@
     |   |-- NothingLearnedError the final weights are the first ones, or not finite
     |   |-- ProcessDiedError    one of several processes died
     |   `-- ResumeError         the run cannot be resumed as it is
+    |-- ServiceError     the job service refused
+    |   |-- NotFoundError       there is no such thing, or it is another project's
+    |   |-- ConflictError       it cannot be done in the state that things are in
+    |   |   `-- StaleAttemptError   the attempt no longer holds its job
+    |   |-- IdempotencyError    the same idempotency key came with another request
+    |   |-- QuotaError          the project has as much as it may have
+    |   |-- AuthError           no key, or none that holds
+    |   |-- ScopeError          the key does not reach that far
+    |   |-- TooLargeError       more bytes than are taken
+    |   `-- DatabaseError       the database cannot be reached, or did not take a write
+    |-- ServerError        a server refused what was asked
+    |-- ServerGoneError    a server cannot be reached
     `-- ProofError         a proof did not hold
 
 To add one: derive it from the nearest class and from the standard exception that a caller would expect,
@@ -34,6 +48,8 @@ give it a `code` of its own and one sentence as its docstring (the reference pag
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class LuthierError(Exception):
@@ -74,6 +90,12 @@ class SpecError(LuthierError, ValueError):
 
     code = "spec_invalid"
     exit_code = 2
+
+
+class MissingGpuTypeError(SpecError):
+    """A Synth job does not say which kind of accelerator it wants; its clients always do."""
+
+    code = "missing_gpu_type"
 
 
 class DataError(LuthierError, ValueError):
@@ -155,6 +177,12 @@ class SinkError(LuthierError, ConnectionError):
     code = "sink_refused"
 
 
+class HostError(LuthierError, RuntimeError):
+    """The process that keeps a model in memory died, or too many models are asked for at a time."""
+
+    code = "unavailable"
+
+
 class StorageError(LuthierError, OSError):
     """The disk refused: full, read-only or without permission."""
 
@@ -219,6 +247,80 @@ class ResumeError(TrainingError):
     """The run cannot be resumed as it is: nothing to resume from, or what it depends on has changed."""
 
     code = "resume_refused"
+
+
+class ServiceError(LuthierError):
+    """The job service refused; each kind of refusal is a class of its own."""
+
+    code = "service_refused"
+
+
+class NotFoundError(ServiceError, LookupError):
+    """There is no job, file, upload, model or key of this id in the project that asks."""
+
+    code = "not_found"
+
+
+class ConflictError(ServiceError):
+    """What was asked does not go with the state that things are in; the message names that state."""
+
+    code = "conflict"
+
+
+class StaleAttemptError(ConflictError):
+    """The attempt no longer holds its job: it ended, was given up, or another holds it. Nothing was written."""
+
+    code = "stale_attempt"
+
+
+class IdempotencyError(ServiceError, ValueError):
+    """An idempotency key was used before, with another request."""
+
+    code = "idempotency_mismatch"
+
+
+class QuotaError(ServiceError):
+    """The project has as many unfinished jobs, or as many bytes, as it may have."""
+
+    code = "quota_exceeded"
+
+
+class AuthError(ServiceError, PermissionError):
+    """There is no API key, or it is unknown, revoked or expired."""
+
+    code = "unauthorized"
+
+
+class ScopeError(ServiceError, PermissionError):
+    """The API key is good, and its scope does not reach as far as what was asked."""
+
+    code = "forbidden"
+
+
+class TooLargeError(ServiceError, ValueError):
+    """More bytes came than are taken at once."""
+
+    code = "too_large"
+
+
+class DatabaseError(ServiceError, ConnectionError):
+    """The database cannot be reached, or did not take a write in time; nothing was kept, and asking again is right."""
+
+    code = "database_unavailable"
+
+
+class ServerError(LuthierError, RuntimeError):
+    """A server refused what was asked; its own words and code are told."""
+
+    code = "server_refused"
+    status = 0
+    headers: Mapping[str, str] = {}
+
+
+class ServerGoneError(LuthierError, ConnectionError):
+    """A server cannot be reached, or stopped answering."""
+
+    code = "server_unreachable"
 
 
 class ProofError(LuthierError, AssertionError):

@@ -16,6 +16,7 @@ EXTRAS = {
     "hf": ("datasets",),
     "gguf": ("gguf",),
     "tensorboard": ("tensorboard",),
+    "server": ("fastapi", "uvicorn", "sqlalchemy", "alembic", "prometheus_client", "python_multipart", "psycopg"),
     "torch": ("torch", "transformers", "bitsandbytes"),
     "wandb": ("wandb",),
 }

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 _QUERY = ["--query-gpu=index,uuid,name,memory.total,memory.free,compute_cap", "--format=csv,noheader,nounits"]
+MEMORY_VARIABLE = "LUTHIER_MEMORY_BYTES"
+"""What a run may take of the machine's memory; a server leaves each job its part."""
 _NO_LIMIT = 1 << 60  # version 1 of control groups says "no limit" by a number near 2**63
 
 
@@ -133,6 +135,9 @@ def _memory(root: Path) -> tuple[int, int]:
         idle = re.search(r"^(?:total_)?inactive_file (\d+)", _read(folder / "memory.stat"), re.MULTILINE)
         free = limit - max(0, used - int(idle[1] if idle else 0))
         total, available = min(total, limit), min(available, max(0, free))
+    given = os.environ.get(MEMORY_VARIABLE, "")
+    if given.isdigit():
+        total, available = min(total, int(given)), min(available, int(given))
     return total, available
 
 

@@ -15,7 +15,7 @@ from luthier.data.reasons import list_counts
 from luthier.data.rows import ReadOptions
 from luthier.data.source import Source, open_source
 from luthier.errors import DataError, DiskFullError
-from luthier.runs.home import luthier_home
+from luthier.runs.home import luthier_home, token_home
 from luthier.runs.resolve import ResolvedModel, find_resolved, resolve_model, resolve_start
 from luthier.runs.run import Run, create_run
 from luthier.spec.data import Data
@@ -58,7 +58,7 @@ def prepare_data(
 ) -> Prepared:
     """The spec's rows, checked, split and tokenised into the token cache; found there when nothing changed."""
     options = read_options(spec, with_model=with_model, any_kind=any_kind)
-    done = prepare(options, seed=spec.seed, home=luthier_home(), split=split, progress=progress, opened=opened)
+    done = prepare(options, seed=spec.seed, home=token_home(), split=split, progress=progress, opened=opened)
     if done.summary["train"] == 0 and not may_be_empty:
         raise nothing_left(done.summary)
     return done

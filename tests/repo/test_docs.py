@@ -87,6 +87,20 @@ def test_every_reason_and_note_is_in_the_reference(root: Path) -> None:
     assert _first_cells(root, "reasons.md") == [*REASONS, *NOTES]
 
 
+def test_every_route_of_the_server_is_in_the_reference(root: Path, make_docs: ModuleType) -> None:
+    text = (root / "docs" / "reference" / "server.md").read_text("utf-8")
+    document = make_docs.read_document()
+    shown = set(re.findall(r"`([A-Z]+ /[^`]*)`", text))
+    routes = [f"{verb.upper()} {path}" for path, item in document["paths"].items() for verb in item if verb != "head"]
+    assert len(routes) > 100
+    # What the sentence about aliases covers is left out of the tables.
+    twice = {route for route in routes if route.replace("/api/v1/", "/api/") in shown}
+    assert [route for route in routes if route not in shown | twice] == []
+    bodies = re.findall(r"^\| .* \| `(\w+)` \|$", text, re.M)
+    assert len(bodies) >= 6
+    assert [body for body in bodies if f"## `{body}`" not in text] == []
+
+
 def test_every_link_leads_somewhere(root: Path) -> None:
     links = [(page, target) for page in _pages(root) for target in LINK.findall(page.read_text("utf-8"))]
     inside = [(page, target.partition("#")[0]) for page, target in links if "://" not in target]

@@ -14,8 +14,10 @@ import pytest
 
 HEAVY = {"torch", "transformers", "mlx", "tinker", "fastapi", "datasets", "pandas", "pyarrow", "huggingface_hub"}
 ARRAYS = {"numpy", "tokenizers", "safetensors"}
+SERVICE = {"sqlalchemy", "alembic", "uvicorn", "prometheus_client", "psycopg"}
 CALLS = {
     "help": ["--help"],
+    "serve help": ["serve", "--help"],
     "train help": ["train", "--help"],
     "spec check": ["spec", "check", "recipes/demo-qlora.toml"],
 }
@@ -35,7 +37,7 @@ def test_the_command_line_starts_light(call: list[str], root: Path) -> None:
     )
     code, modules = json.loads(done.stderr)
     assert code == 0
-    assert not {name.partition(".")[0] for name in modules} & (HEAVY | ARRAYS)
+    assert not {name.partition(".")[0] for name in modules} & (HEAVY | ARRAYS | SERVICE)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -89,7 +91,7 @@ import luthier
 before = facts()
 names = ["luthier", *(each.name for each in pkgutil.walk_packages(luthier.__path__, "luthier."))]
 for name in names:
-    if not name.startswith("luthier.engines.torch."):  # they are what is heavy; a test below is theirs
+    if not name.startswith(("luthier.engines.torch.", "luthier.server.")):  # heavy; tests below are theirs
         importlib.import_module(name)
 after = facts()
 changed = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
@@ -97,10 +99,15 @@ print(json.dumps({"names": names, "changed": changed, "modules": sorted(sys.modu
 """
 
 
+_NOT_HEAVY = 'if not name.startswith(("luthier.engines.torch.", "luthier.server."))'
+# A server is heavier than a command; its modules do no work all the same.
+IMPORT_SERVER = IMPORT_ALL.replace(
+    "import luthier\n", "import alembic, fastapi, prometheus_client, sqlalchemy, uvicorn\nimport luthier\n", 1
+).replace(_NOT_HEAVY, 'if name.startswith("luthier.server.")')
 # What torch and transformers do on import is theirs, so they come first; with them the engine does nothing more.
 IMPORT_ENGINE = IMPORT_ALL.replace(
     "import luthier\n", "import safetensors.torch, torch, transformers.modeling_utils\nimport luthier\n", 1
-).replace("if not name", "if name")
+).replace(_NOT_HEAVY, 'if name.startswith("luthier.engines.torch.")')
 
 
 def _imported(script: str, folder: Path) -> dict[str, Any]:
@@ -121,6 +128,14 @@ def test_importing_any_module_does_no_work(tmp_path: Path, sources: list[Path]) 
     assert found["changed"] == {}
     assert [path.name for path in (tmp_path / "import").rglob("*")] == ["work"]
     assert not {name.partition(".")[0] for name in found["modules"]} & HEAVY
+
+
+def test_importing_the_server_does_no_work(tmp_path: Path) -> None:
+    found = _imported(IMPORT_SERVER, tmp_path)
+    assert {"luthier.server.app", "luthier.server.running"} <= set(found["modules"])
+    assert found["changed"] == {}
+    assert [path.name for path in (tmp_path / "import").rglob("*")] == ["work"]
+    assert not {name.partition(".")[0] for name in found["modules"]} & (HEAVY - {"fastapi"})
 
 
 IMPORT_LIGHT = """

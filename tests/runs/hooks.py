@@ -49,8 +49,11 @@ def believe_in_room() -> None:
 class Forked:
     """What the launcher needs of subprocess.Popen, made by a fork: a process like the other, without its start."""
 
+    module = "luthier.cli.rank"
+    work = staticmethod(rank.main)
+
     def __init__(self, argv: list[str], env: dict[str, str], stdout: Any, stderr: Any, process_group: int) -> None:
-        assert argv[1:3] == ["-m", "luthier.cli.rank"]
+        assert argv[1:3] == ["-m", self.module]
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid:
@@ -64,7 +67,7 @@ class Forked:
                 if file:
                     os.dup2(file.fileno(), number)
             os.environ.update(env)
-            code = rank.main(argv[3:])
+            code = self.work(argv[3:])
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -39,7 +39,7 @@ class Live:
     """
 
     def __init__(self, steps: int, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
-        self._steps, self._quiet = steps, quiet
+        self.steps, self._quiet = steps, quiet
         self._on_screen = LiveLine(plain_seconds=SILENT_SECONDS, clock=clock)
         self.heart = Heartbeat(self._on_screen, clock=clock)
         self._first_step: int | None = None
@@ -85,15 +85,15 @@ class Live:
             self._first_step = event.step
         self._seconds += event.seconds
         done = event.step - self._first_step + 1
-        left = self._seconds / done * (self._steps - event.step)
+        left = self._seconds / done * (self.steps - event.step)
         more = "".join(f"  {name.removeprefix('reward_')} {value:.3g}" for name, value in _worth(event.metrics))
         self._line(
-            f"step {event.step}/{self._steps}  loss {event.loss:.4f}{more}  lr {event.learning_rate:.2e}"
+            f"step {event.step}/{self.steps}  loss {event.loss:.4f}{more}  lr {event.learning_rate:.2e}"
             f"  {event.tokens_per_second:,.0f} tok/s  {span(left)} left  {event.memory_bytes / _GIB:.2f} GiB",
-            keep=event.step in (1, self._steps),
+            keep=event.step in (1, self.steps),
         )
-        is_last = event.step == self._steps
-        self.heart.doing("writing the results" if is_last else f"after step {event.step}/{self._steps}")
+        is_last = event.step == self.steps
+        self.heart.doing("writing the results" if is_last else f"after step {event.step}/{self.steps}")
 
     @_show.register
     def _(self, event: events.Evaluated) -> None:

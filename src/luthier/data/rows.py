@@ -146,10 +146,10 @@ class RowReader:
             example = Conversation([*example.prompt, *example.chosen], example.tools)
         return self._renderer.render_question(example)
 
-    def prompt(self, messages: list[Message]) -> str:
+    def prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
         """A conversation that waits for its answer, as the model is shown it; raises RowError."""
         assert self._renderer is not None
-        return self._renderer.render_prompt(messages)
+        return self._renderer.render_prompt(messages, tools)
 
     def answer(self, text: str) -> str:
         """What a model said, without control tokens behind it."""

@@ -180,7 +180,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def open_unpacked(path: Path) -> Iterator[IO[bytes]]:
     suffix = path.suffix.lower()
     broken: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
     try:
@@ -233,13 +233,13 @@ class _ZstdFile(io.RawIOBase):
 def _read_file(path: Path, number: int) -> Iterator[Block]:
     ending = _ending(path)
     if ending == ".parquet" and path.suffix.lower() in PACKED:
-        with _opened(path) as file, _spooled(partial(shutil.copyfileobj, file)) as plain:
+        with open_unpacked(path) as file, _spooled(partial(shutil.copyfileobj, file)) as plain:
             yield from _blocks_of(_parquet_rows(plain, path.name), number)
         return
     if ending == ".parquet":
         yield from _blocks_of(_parquet_rows(path, path.name), number)
         return
-    with _opened(path) as file:
+    with open_unpacked(path) as file:
         if ending == ".csv":
             yield from _blocks_of(_csv_rows(file, path.name), number)
         elif ending == ".json":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,32 @@ def find_end(reader: RowReader) -> str:
         return ""
 
 
+class Prompter:
+    """A model's side of a conversation in text: prompts rendered for it, what ends an answer, tokens becoming text."""
+
+    def __init__(self, folder: Path, *, template: Path | None = None) -> None:
+        self.text = ModelText(folder, chat_template=template)
+        self._reader = RowReader(
+            ReadOptions(Data(), None, folder, template, learn_shapes=False, fast_tokenizer=False), ("chat",)
+        )
+        self.stops = self.text.end_tokens({find_end(self._reader)})
+        self.room = _context_length(folder)
+        """Tokens that the model was made for; 0 where it does not say."""
+
+    def render(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """The conversation as the model is asked to go on with it; raises CallError where its template refuses."""
+        if self.text.template_source:
+            try:
+                text = self._reader.prompt(messages, tools)
+            except RowError as error:
+                raise CallError(str(error), hint="say it in other words, or begin anew") from None
+        else:
+            # A model that knows no turns is asked to go on with the text.
+            text = self.text.text_prefix + "\n".join(str(message["content"]) for message in messages)
+        found: list[int] = self.text.tokenizer.encode(text, add_special_tokens=False).ids
+        return found
+
+
 class Chat:
     """One conversation with one model."""
 
@@ -47,13 +74,8 @@ class Chat:
         sampler: Sampler | None = None,
     ) -> None:
         self.name = resolved.name
-        self._text = ModelText(resolved.folder, chat_template=template)
-        self._reader = RowReader(
-            ReadOptions(Data(), None, resolved.folder, template, learn_shapes=False, fast_tokenizer=False), ("chat",)
-        )
+        self._prompter = Prompter(resolved.folder, template=template)
         self._sampler = sampler or load_sampler(resolved, home)
-        self._stops = self._text.end_tokens({find_end(self._reader)})
-        self._room = _context_length(resolved.folder)
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages: list[Message] = []
 
@@ -67,37 +89,23 @@ class Chat:
         Raises CallError where the message, or all that was said with it, cannot be asked.
         """
         asked = [*self.messages, {"role": "user", "content": said}]
-        prompt = self._prompt([*self._system, *asked])
-        if self._room and len(prompt) + params.max_tokens > self._room:
+        prompt, room = self._prompter.render([*self._system, *asked]), self._prompter.room
+        if room and len(prompt) + params.max_tokens > room:
             raise CallError(
-                f"the conversation has {len(prompt):,} tokens; {self.name} holds {self._room:,}, its answer among them",
+                f"the conversation has {len(prompt):,} tokens; {self.name} holds {room:,}, its answer among them",
                 hint="`/reset` begins a new one",
             )
-        spoken = _Spoken(self._text, hear)
-        own = SampleParams(
-            params.max_tokens, params.temperature, params.top_p, params.top_k, params.seed + len(asked), self._stops
-        )
+        spoken = Spoken(self._prompter.text, hear)
+        own = replace(params, seed=params.seed + len(asked), stop_tokens=self._prompter.stops)
         with suppress(KeyboardInterrupt):
             self._sampler.stream(prompt, own, spoken.add)
-        text = spoken.finish()
+        text = spoken.finish().strip()
         if text:
             self.messages = [*asked, {"role": "assistant", "content": text}]
         return text
 
-    def _prompt(self, messages: list[Message]) -> list[int]:
-        if self._text.template_source:
-            try:
-                text = self._reader.prompt(messages)
-            except RowError as error:
-                raise CallError(str(error), hint="say it in other words, or begin anew with `/reset`") from None
-        else:
-            # A model that knows no turns is asked to go on with the text.
-            text = self._text.text_prefix + "\n".join(str(message["content"]) for message in messages)
-        found: list[int] = self._text.tokenizer.encode(text, add_special_tokens=False).ids
-        return found
 
-
-class _Spoken:
+class Spoken:
     """Tokens becoming text: a character that is not whole yet waits for the tokens that finish it."""
 
     def __init__(self, text: ModelText, hear: Callable[[str], None]) -> None:
@@ -115,7 +123,7 @@ class _Spoken:
     def finish(self) -> str:
         """All that was said, the rest of it told."""
         self._tell(self._decoded())
-        return self._told.strip()
+        return self._told
 
     def _tell(self, whole: str) -> None:
         if whole.startswith(self._told) and len(whole) > len(self._told):

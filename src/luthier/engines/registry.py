@@ -13,12 +13,13 @@ from luthier.extras import import_extra
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from luthier.engines.verbs import Logits, Prober, Sampler
+    from luthier.engines.verbs import Decoder, Logits, Prober, Sampler
     from luthier.runs.resolve import AdapterRef, ResolvedModel
 
 ENGINES = {"torch": "luthier.engines.torch.engine"}
 SAMPLERS = {"torch": "luthier.engines.torch.sampling"}
 PROBERS = {"torch": "luthier.engines.torch.probing"}
+DECODERS = {"torch": "luthier.engines.torch.decoding"}
 _IMPORTS = "imports of the engines"
 
 
@@ -61,6 +62,14 @@ def load_sampler(resolved: ResolvedModel, home: Path, kind: str = "torch") -> Sa
     import_extra(kind, kind)
     sampler: Sampler = importlib.import_module(SAMPLERS[kind]).build_sampler(resolved, home)
     return sampler
+
+
+def load_decoder(resolved: ResolvedModel, home: Path, *, over: AdapterRef | None = None) -> Decoder:
+    """A base model loaded to answer many streams, in the values that adapters such as `over` were trained on."""
+    wait_for_imports()
+    import_extra("torch", "torch")
+    decoder: Decoder = importlib.import_module(DECODERS["torch"]).build_decoder(resolved, home, over=over)
+    return decoder
 
 
 def load_prober(

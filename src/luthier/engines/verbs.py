@@ -265,6 +265,48 @@ class Sampler(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """One more token of a stream, how likely the model held it, and the likeliest tokens where they were asked for."""
+
+    stream: int
+    token: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+class Decoder(Protocol):
+    """A base model in memory that answers many streams at once, each through an adapter of its own."""
+
+    def adopt(self, adapter: str, folder: Path) -> None:
+        """Read an adapter, to be named so from here on."""
+        ...
+
+    def forget(self, adapter: str) -> None:
+        """Let go of an adapter that no stream uses."""
+        ...
+
+    def join(
+        self,
+        stream: int,
+        prompt: Sequence[int],
+        params: SampleParams,
+        *,
+        adapter: str | None = None,
+        likeliest: int = 0,
+    ) -> None:
+        """A new stream; its first token comes with the next step."""
+        ...
+
+    def step(self) -> list[Drawn]:
+        """One more token of every stream."""
+        ...
+
+    def leave(self, stream: int) -> None:
+        """No more tokens of a stream."""
+        ...
+
+
 class Prober(Protocol):
     """A model read from disk again, to be held against what a run said of it."""
 

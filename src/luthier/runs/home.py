@@ -15,3 +15,12 @@ def luthier_home() -> Path:
         return Path.home() / "Library" / "Application Support" / "luthier"
     data = os.environ.get("XDG_DATA_HOME")
     return (Path(data) if data else Path.home() / ".local" / "share") / "luthier"
+
+
+def token_home() -> Path:
+    """The folder whose `tokens` hold the token cache: LUTHIER_TOKENS, else LUTHIER_HOME.
+
+    A server gives each job one of its own, so that a job's rows go from the disk with the job.
+    """
+    named = os.environ.get("LUTHIER_TOKENS")
+    return Path(named).expanduser() if named else luthier_home()

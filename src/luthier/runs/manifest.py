@@ -131,6 +131,14 @@ def find_facts(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def find_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files that a manifest names, with sizes and hashes; none where it cannot be read. Opens none of them."""
+    try:
+        return _parse_manifest(folder).files
+    except CheckpointError:
+        return {}
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:

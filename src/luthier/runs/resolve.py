@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from luthier.errors import ModelError
 from luthier.extras import import_extra
 from luthier.runs.layout import CONFIG, FINAL_LORA_WEIGHTS, PRACTICE
+from luthier.runs.model_folder import (
+    HUB_ID,
+    check_configs,
+    check_model_folder,
+    find_in_models,
+    models_folder,
+    read_object,
+)
 from luthier.runs.models import find_model, last_part, list_models
 from luthier.spec.method import QloraMethod
 
@@ -22,8 +26,6 @@ if TYPE_CHECKING:
     from luthier.runs.run import Run
 
 ADAPTER_CONFIG = "adapter_config.json"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_MODEL_TYPE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _TEXT_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
 _WEIGHT_FILES = ["*.safetensors"]
 _LEFT_OUT = ["*/*", "consolidated*.safetensors"]
@@ -98,20 +100,22 @@ def resolve_start(resolved: ResolvedModel) -> ResolvedModel:
             f"{resolved.name} is a base model: nothing is known that it started from",
             hint="name the other model: --against MODEL",
         )
-    facts = _read_object(resolved.adapters[-1].path / ADAPTER_CONFIG)
+    facts = read_object(resolved.adapters[-1].path / ADAPTER_CONFIG)
     return find_resolved(str(facts["base_model_name_or_path"]), facts.get("revision"), with_weights=True)
 
 
 def _resolve(base: str, wanted: _Wanted) -> ResolvedModel:
     if base == PRACTICE:
-        return ResolvedModel(_checked(practice_folder()), name=base)
+        return ResolvedModel(check_configs(practice_folder()), name=base)
+    if served := find_in_models(base, models_folder()):
+        return _from_models(served, wanted, base)
     path = Path(base).expanduser()
     if path.is_dir():
         return _from_folder(path, wanted, base)
     entry = find_model(base) if base.startswith("ft:") or "/" not in base else None
     if entry or base.startswith("ft:"):
         return _from_run(_open(base), wanted)
-    if base.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(base):
+    if base.startswith((".", "/", "~")) or not HUB_ID.fullmatch(base):
         known = [PRACTICE, *(each.id for each in list_models())]
         close = difflib.get_close_matches(base, known, 1)
         raise ModelError(f"no model at {base}", hint=f"did you mean `{close[0]}`?" if close else _kinds_hint())
@@ -134,6 +138,17 @@ def _open(name: str) -> Run:
         raise ModelError(told, hint=hint) from None
 
 
+def _from_models(folder: Path, wanted: _Wanted, name: str) -> ResolvedModel:
+    """A model of the folder that LUTHIER_MODELS names."""
+    if wanted.revision is not None:
+        raise ModelError(
+            f"{name} lies in the models folder, which has no revisions; asked for {wanted.revision}",
+            hint="leave model.revision out",
+        )
+    check_model_folder(folder, within=models_folder())
+    return ResolvedModel(folder, name=name)
+
+
 def _from_folder(folder: Path, wanted: _Wanted, name: str) -> ResolvedModel:
     from luthier.runs.run import Run
 
@@ -144,9 +159,9 @@ def _from_folder(folder: Path, wanted: _Wanted, name: str) -> ResolvedModel:
         return _over_base_of_run(of_run, folder, wanted) if of_run else _over_named_base(folder, wanted, name)
     if of_run:
         _check_seal(folder, wanted)
-        return ResolvedModel(_checked(folder), name=name, parent=of_run.id)
+        return ResolvedModel(check_configs(folder), name=name, parent=of_run.id)
     revision = folder.resolve().name if folder.resolve().parent.name == "snapshots" else None
-    return ResolvedModel(_checked(folder), name=name, revision=revision)
+    return ResolvedModel(check_configs(folder), name=name, revision=revision)
 
 
 def _from_run(run: Run, wanted: _Wanted) -> ResolvedModel:
@@ -159,7 +174,7 @@ def _from_run(run: Run, wanted: _Wanted) -> ResolvedModel:
     if final.name == FINAL_LORA_WEIGHTS:
         return _over_base_of_run(run, final, wanted)
     _check_seal(final, wanted)
-    return ResolvedModel(_checked(final), name=run.model_id, parent=run.id)
+    return ResolvedModel(check_configs(final), name=run.model_id, parent=run.id)
 
 
 def _over_base_of_run(run: Run, adapter: Path, wanted: _Wanted) -> ResolvedModel:
@@ -180,7 +195,7 @@ def _over_base_of_run(run: Run, adapter: Path, wanted: _Wanted) -> ResolvedModel
 
 def _over_named_base(adapter: Path, wanted: _Wanted, name: str) -> ResolvedModel:
     """An adapter from elsewhere, over the base that its own file names."""
-    facts = _read_object(adapter / ADAPTER_CONFIG)
+    facts = read_object(adapter / ADAPTER_CONFIG)
     base = facts.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelError(
@@ -257,41 +272,6 @@ def _snapshot(hub: Any, name: str, wanted: _Wanted) -> Path:
 def _has_weights(folder: Path) -> bool:
     """Whether the weights are there in full: each file that an index names, or the one file without an index."""
     for index in folder.glob("*.safetensors.index.json"):
-        shards = set(_read_object(index).get("weight_map", {}).values())
+        shards = set(read_object(index).get("weight_map", {}).values())
         return bool(shards) and all((folder / str(shard)).is_file() for shard in shards)
     return any(folder.glob("*.safetensors"))
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        facts = orjson.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON: {error}") from None
-    return facts if isinstance(facts, dict) else {}
-
-
-def _checked(folder: Path) -> Path:
-    """Refuse a model that wants code of its own run: choosing a base model must never run code."""
-    for name in ("config.json", "tokenizer_config.json"):
-        for facts in _tables(_read_object(folder / name)):
-            if facts.get("auto_map"):
-                raise ModelError(
-                    f"{folder.name}: {name} asks to run code of its own (`auto_map`), which Luthier never does",
-                    hint="use a model whose architecture transformers knows",
-                )
-            kind = facts.get("model_type", "none")
-            if not isinstance(kind, str) or not (kind == "" or _MODEL_TYPE.fullmatch(kind)):
-                raise ModelError(
-                    f"{folder.name}: {name} has the `model_type` {kind!r}, which is no name of an architecture",
-                    hint="use a model whose architecture transformers knows",
-                )
-    return folder
-
-
-def _tables(facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A configuration and those inside it; not by recursion, which a hostile file could exhaust."""
-    left = [facts]
-    while left:
-        table = left.pop()
-        yield table
-        left += [value for value in table.values() if isinstance(value, dict)]

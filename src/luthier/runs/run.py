@@ -157,13 +157,17 @@ def create_run(
     resolved: ResolvedModel,
     *,
     now: datetime | None = None,
+    id: str | None = None,
 ) -> Run:
-    """Make a run folder with the plan, the ledger and the lineage in it, and put it in the index."""
+    """Make a run folder with the plan, the ledger and the lineage in it, and put it in the index.
+
+    With an `id` the folder has that name, and what a process that died left of its making is made anew.
+    """
     from luthier.spec.plan import render_plan_yaml
 
     created = now or datetime.now().astimezone()
     with storage_errors(parent):
-        folder = _make_folder(parent, plan, created)
+        folder = _make_named(parent / id) if id else _make_folder(parent, plan, created)
         write_durably(folder / layout.CONFIG, render_plan_yaml(plan).encode())
         for name in (layout.LEDGER, layout.REJECTED):
             shutil.copyfile(prepared.folder / name, folder / name)
@@ -181,6 +185,19 @@ def _make_folder(parent: Path, plan: RunPlan, now: datetime) -> Path:
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
+
+
+def _make_named(folder: Path) -> Path:
+    if is_made(folder):
+        raise RunError(f"{folder.name} is there already", hint=f"go on: luthier resume {folder}", where=str(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def is_made(folder: Path) -> bool:
+    """Whether all that a run folder starts with is in it; the lineage is written last."""
+    return (folder / layout.LINEAGE).is_file()
 
 
 def open_run(name: str | Path) -> Run:

@@ -239,9 +239,16 @@ def _resolve_paths(draft: _Draft) -> None:
         value = table.get(key) if isinstance(table, dict) else None
         if isinstance(value, str) and is_local_path(dotted, value, draft.base_dir):
             try:
-                table[key] = str((draft.base_dir / Path(value).expanduser()).resolve())  # type: ignore[index]
+                table[key] = absolute_path(value, draft.base_dir)  # type: ignore[index]
             except (RuntimeError, ValueError) as error:  # no such user's home; a NUL
                 raise SpecError(f"`{dotted}`: {value!r} is no path: {error}", where=draft.where(dotted)) from None
+
+
+def absolute_path(value: str, base_dir: Path) -> str:
+    """The path from `base_dir`. An absolute one stays as given: a link may have a name that says more than its file."""
+    path = Path(value).expanduser()
+    resolved = (base_dir / path).resolve()
+    return str(path if path.is_absolute() else resolved)
 
 
 def is_local_path(dotted: str, value: str, base_dir: Path) -> bool:

@@ -8,6 +8,11 @@ from pydantic import Field
 
 from luthier.spec.part import Part
 
+DEFAULT_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+"""The learning rate of each method where none is given."""
+PAIRS_RATE_SHARE = 0.1
+"""Of that, what an objective over pairs takes."""
+
 
 class Optim(Part):
     """The optimizer, its schedule and the size of a step."""

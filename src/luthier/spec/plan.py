@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from luthier.spec.load import PATH_KEYS, dump_spec, is_local_path
+from luthier.spec.load import PATH_KEYS, absolute_path, dump_spec, is_local_path
 from luthier.spec.run import RunSpec
 
 _UNHASHED = ("about", "output")
@@ -129,7 +129,7 @@ def absolute_paths(spec: RunSpec, base_dir: Path) -> RunSpec:
         value = getattr(getattr(spec, table), key)
         is_shipped = dotted == "model.base" and value == "practice"  # wins over a folder of that name
         if isinstance(value, str) and not is_shipped and is_local_path(dotted, value, base_dir):
-            tables.setdefault(table, {})[key] = str((base_dir / Path(value).expanduser()).resolve())
+            tables.setdefault(table, {})[key] = absolute_path(value, base_dir)
     return spec.model_copy(update={name: getattr(spec, name).model_copy(update=keys) for name, keys in tables.items()})
 
 

@@ -18,6 +18,7 @@ from luthier.data.prepared import Prepared
 from luthier.errors import PlanError, SpecError, UnsupportedError
 from luthier.machine import Machine, find_machine
 from luthier.spec.method import AdapterKeys, AutoMethod, FullMethod, LoraMethod, QloraMethod
+from luthier.spec.optim import DEFAULT_RATES, PAIRS_RATE_SHARE
 from luthier.spec.plan import Decision, Memory, RunPlan, absolute_paths
 from luthier.spec.run import RunSpec
 from luthier.training.memory import (
@@ -42,7 +43,6 @@ from luthier.weights.tensors import (
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 _PAIRS = ("dpo", "simpo", "orpo")
 _WARMUP_RATIO = 0.03
 _MOST_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -250,9 +250,13 @@ def _decide_schedule(draft: _Draft, sizes: _Sizes) -> tuple[int, int | None]:
     """Learning rate, warm-up and length; returns the steps and where the stream of examples ends."""
     optim, method, objective = draft.spec.optim, draft.spec.method.kind, draft.spec.objective.kind
     if optim.learning_rate is None:
-        rate = _RATES[method]
+        rate = DEFAULT_RATES[method]
         if objective in _PAIRS:
-            draft.decide("optim.learning_rate", rate / 10, f"a tenth of the default of {method}, as {objective} wants")
+            draft.decide(
+                "optim.learning_rate",
+                rate * PAIRS_RATE_SHARE,
+                f"a tenth of the default of {method}, as {objective} wants",
+            )
         else:
             draft.decide("optim.learning_rate", rate, f"the default of {method}")
     steps = count_steps(sizes.examples, optim.batch, epochs=optim.epochs, steps=optim.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,8 +17,28 @@ if TYPE_CHECKING:
 @click.command("train", cls=Command)
 @click.argument("spec", required=False)
 @click.option("--dry-run", is_flag=True, help="Prepare, check and plan everything, then stop before training.")
+@click.option("--server", metavar="URL", help="Have this server train; the result is fetched at the end.")
+@click.option("--api-key", metavar="KEY", help="Its key; LUTHIER_API_KEY keeps it off the command line.")
+@click.option("--env-file", type=click.Path(dir_okay=False, path_type=Path), help="A .env file that names the key.")
+@click.option("--dialect", type=click.Choice(["luthier", "synth"]), default="luthier", help="What the server speaks.")
+@click.option("--suffix", help="Becomes part of the id of the result on the server.")
+@click.option("--no-wait", is_flag=True, help="Submit the job and leave.")
+@click.option("--poll-seconds", type=click.FloatRange(min=0.1), default=5.0, help="How long to wait between questions.")
 @spec_flags(*FLAGS)
-def command(spec: str | None, dry_run: bool, settings: tuple[str, ...], as_json: bool, **flags: Any) -> int:
+def command(
+    spec: str | None,
+    dry_run: bool,
+    server: str | None,
+    api_key: str | None,
+    env_file: Path | None,
+    dialect: str,
+    suffix: str | None,
+    no_wait: bool,
+    poll_seconds: float,
+    settings: tuple[str, ...],
+    as_json: bool,
+    **flags: Any,
+) -> int:
     """Fine-tune a model by SPEC, or by flags alone: luthier train --model M --data F --method qlora"""
     from luthier.cli.live import train_and_tell
     from luthier.cli.plan_report import print_plan
@@ -25,6 +46,11 @@ def command(spec: str | None, dry_run: bool, settings: tuple[str, ...], as_json:
     from luthier.workflow import make_ready, plan_run, prepare_data, start_run, warm_up
 
     loaded = load_run_call(spec, flags, settings)
+    if server:
+        from luthier.cli.remote import Remote, train_there
+
+        remote = Remote(server, api_key, env_file, dialect, wait=not no_wait, poll_seconds=poll_seconds)
+        return train_there(loaded, remote, suffix=suffix, dry_run=dry_run, as_json=as_json)
     if not dry_run:
         warm_up(loaded.spec)
     doing = f"reading {loaded.spec.data.train} for {loaded.spec.model.base}"

@@ -1,6 +1,7 @@
 """The Synth job TOML, translated to a run spec; a key that means nothing here becomes a note, never silence.
 
-Its paths are relative to the working directory, as its users know them.
+Its paths are relative to the working directory, as its users know them. What its clients send over the wire is
+`synth_wire.py`, which brings a payload into the form translated here.
 """
 
 from __future__ import annotations
@@ -35,6 +36,14 @@ _NOTES = {
     "training.validation.greater_is_better": "the direction follows from the metric",
     "tags": "a local run has no tags",
 }
+
+
+_PARALLELISM = {
+    "bf16": "`compute.precision` follows the device, which computes in bf16 where it can",
+    "fp16": "`compute.precision` follows the device, which computes in bf16 where it can",
+    "activation_checkpointing": "`compute.recompute` follows from the memory there is",
+}
+_SPLITS_NOTHING = "no model is split here: processes share the examples of a step"
 
 
 @dataclass
@@ -77,7 +86,7 @@ def build_tables(tables: dict[str, Any], name: str) -> Translation:
     for key in ("gpu_type", "gpu_count", "nodes"):
         job.move(done, f"compute.{key}", f"compute.{key}")
     for key, value in job.take_table("hyperparameters.parallelism").items():
-        done.notes.append(f"`hyperparameters.parallelism.{key} = {value}` has no effect on one device")
+        done.note_unused(f"hyperparameters.parallelism.{key}", value, _PARALLELISM.get(key, _SPLITS_NOTHING))
     for key, why in _NOTES.items():
         done.note_unused(key, job.take(key), why)
     _refuse_leftovers(job, name)
@@ -164,6 +173,8 @@ def _translate_hyperparameters(job: _Reader, done: Translation) -> None:
         job.move(done, f"hyperparameters.{theirs}", ours)
     if (epochs := job.take("hyperparameters.n_epochs")) is not None:
         done.put("optim.epochs", float(epochs) if isinstance(epochs, int) else epochs, "hyperparameters.n_epochs")
+    given_steps = tuple(f"hyperparameters.{key}" for key in ("total_steps", "train_steps", "steps"))
+    job.move_first(done, given_steps, "optim.steps")
     job.move_first(done, ("hyperparameters.lora_rank", "training.lora.rank", "lora.rank"), "method.rank")
     _translate_batch(job, done)
 

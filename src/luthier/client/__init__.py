@@ -1,0 +1,1 @@
+"""The other side of a server: submit a run, follow it, and take its result home."""

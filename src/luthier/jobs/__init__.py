@@ -1,0 +1,1 @@
+"""Jobs of a server: their rows, their queue, and the workers that execute them."""

@@ -1,0 +1,1 @@
+"""The HTTP server: one store of jobs and files, spoken to in several dialects."""

@@ -1,0 +1,1 @@
+"""Routes by dialect; each module has a `router`."""

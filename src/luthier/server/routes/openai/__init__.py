@@ -1,0 +1,1 @@
+"""The OpenAI dialect, under `/v1`; `every.py` has all of its routes."""

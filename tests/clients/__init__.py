@@ -1,0 +1,1 @@
+"""The real clients of other systems, each in a clean environment of its own, against a server of ours."""

@@ -1,0 +1,67 @@
+"""Clean environments for clients, made once and kept outside the repository: `make test-clients` names the folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER_VARIABLE = "LUTHIER_CLIENTS"
+_STAMP = "made-of.txt"
+# What synth-ai needs for training, its Python classes and the shipped scripts; its full set takes 1.2 GB.
+_SYNTH_NEEDS = (
+    "aiohttp==3.14.5",
+    "click==8.1.8",
+    "fastapi==0.165.0",
+    "httpx==0.28.1",
+    "opentelemetry-api==1.45.2",
+    "pydantic==2.14.3",
+    "pynacl==1.6.2",
+    "python-dotenv==1.2.4",
+    "requests==2.34.2",
+    "rich==15.0.0",
+    "toml==0.10.2",
+)
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What is installed: packages with all that they need, and packages alone."""
+
+    whole: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
+
+
+ENVIRONMENTS = {
+    "openai-1": Pins(("openai==1.109.1",)),
+    "openai-2": Pins(("openai==2.54.0",)),
+    "openai-3": Pins(("openai==3.52.0",)),
+    "synth-0.2.10": Pins(_SYNTH_NEEDS, ("synth-ai==0.2.10",)),
+    "synth-0.2.9.dev7": Pins(_SYNTH_NEEDS, ("synth-ai==0.2.9.dev7",)),
+}
+
+
+def make_environment(name: str) -> Path:
+    """The folder of an environment's commands; made where it is not there yet, or is of other pins."""
+    pins = ENVIRONMENTS[name]
+    folder = Path(os.environ[FOLDER_VARIABLE]).expanduser() / name
+    wanted = "\n".join([*pins.whole, *(f"{each} alone" for each in pins.alone)])
+    stamp = folder / _STAMP
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        pip = [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        if pins.alone:
+            subprocess.run([*pip, "--no-deps", *pins.alone], check=True)
+        # With all of them on one line pip would ask for what those that stand alone say they need.
+        subprocess.run([*pip, *pins.whole], check=True)
+        stamp.write_text(wanted)
+    return folder / "bin"
+
+
+def find_packages(commands: Path) -> Path:
+    """The folder of an environment's packages."""
+    return next((commands.parent / "lib").glob("python*/site-packages"))
