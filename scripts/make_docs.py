@@ -117,7 +117,7 @@ def render_spec() -> str:
         if not kinds:
             continue
         if len(kinds) == 1:
-            parts += [f"## `[{name}]`", _first_line(kinds[0]), _fields(kinds[0], name, list(kinds[0].model_fields))]
+            parts += [f"## `[{name}]`", _first_line(kinds[0]), *_tables(kinds[0], name)]
             continue
         parts += [f"## `[{name}]`", describe_field("RunSpec", name)]
         for kind in kinds:
@@ -128,6 +128,16 @@ def render_spec() -> str:
                 _fields(kind, name, list(kind.model_fields)),
             ]
     return page("The run spec", *parts)
+
+
+def _tables(part: type[Part], name: str) -> list[str]:
+    """The keys of a table, and below them the tables inside it."""
+    inner = {key: list_kinds(field.annotation) for key, field in part.model_fields.items()}
+    parts = [_fields(part, name, [key for key, kinds in inner.items() if not kinds])]
+    for key, kinds in inner.items():
+        if kinds:
+            parts += [f"### `[{name}.{key}]`", _first_line(kinds[0]), *_tables(kinds[0], f"{name}.{key}")]
+    return parts
 
 
 def _first_line(thing: object) -> str:

@@ -18,6 +18,7 @@ EXTRAS = {
     "tensorboard": ("tensorboard",),
     "server": ("fastapi", "uvicorn", "sqlalchemy", "alembic", "prometheus_client", "python_multipart", "psycopg"),
     "torch": ("torch", "transformers", "bitsandbytes"),
+    "trl": ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "peft", "trl"),
     "wandb": ("wandb",),
 }
 
@@ -35,3 +36,8 @@ def check_extra(package: str, extra: str) -> None:
             f"this needs the package `{package}`, which is not installed",
             hint=f"run: pip install 'luthier[{extra}]'",
         )
+
+
+def list_missing(extra: str) -> list[str]:
+    """The packages of an extra that are not installed; nothing is imported."""
+    return [package for package in EXTRAS.get(extra, ()) if importlib.util.find_spec(package) is None]

@@ -93,7 +93,10 @@ def plan_run(spec: RunSpec, prepared: Prepared) -> RunPlan:
 
 
 def make_ready(spec: RunSpec, prepared: Prepared) -> Ready:
-    """The plan, and the model's weights on this machine."""
+    """The plan, and the model's weights on this machine, for an engine that is there."""
+    from luthier.engines.registry import check_engine
+
+    check_engine(spec.engine.kind)
     plan = plan_run(spec, prepared)
     return Ready(plan, prepared, find_resolved(spec.model.base, spec.model.revision, with_weights=True))
 
@@ -112,7 +115,7 @@ def warm_up(spec: RunSpec) -> None:
 
     check_sinks(spec.output.sinks)
     prepare_process(spec.compute.processes)
-    if spec.engine.kind == "torch" and spec.compute.processes == 1:
+    if spec.engine.kind in ("torch", "trl") and spec.compute.processes == 1:
         import_in_background()
 
 

@@ -118,10 +118,10 @@ class Child:
 class Nursery:
     """Starts children by forking them from a process that is ready."""
 
-    def __init__(self) -> None:
+    def __init__(self, *preloaded: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.runs.nursery"],
+            [sys.executable, "-m", "tests.runs.nursery", *preloaded],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,

@@ -71,7 +71,7 @@ def serve() -> None:
     """Read orders and answer them, one JSON line each."""
     end_with_parent()
     orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    for name in PRELOADED:
+    for name in (*PRELOADED, *sys.argv[1:]):
         importlib.import_module(name)
     never_start_a_process()
     assert threading.active_count() == 1

@@ -7,8 +7,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.errors import UnsupportedError
-from luthier.extras import import_extra
+from luthier.errors import MissingExtraError, UnsupportedError
+from luthier.extras import import_extra, list_missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,20 +16,43 @@ if TYPE_CHECKING:
     from luthier.engines.verbs import Decoder, Logits, Prober, Sampler
     from luthier.runs.resolve import AdapterRef, ResolvedModel
 
-ENGINES = {"torch": "luthier.engines.torch.engine"}
+ENGINES = {"torch": "luthier.engines.torch.engine", "trl": "luthier.training.trl.start"}
+# Engines that train whole jobs, not verb by verb: what does so lives beside the loop.
+JOBS = {"trl": "luthier.training.trl.job"}
 SAMPLERS = {"torch": "luthier.engines.torch.sampling"}
 PROBERS = {"torch": "luthier.engines.torch.probing"}
 DECODERS = {"torch": "luthier.engines.torch.decoding"}
+# Only some methods need it.
+_FOR_SOME = ("bitsandbytes",)
 _IMPORTS = "imports of the engines"
 
 
-def find_engine(kind: str) -> Any:
-    """The `build` function of an engine; UnsupportedError for one that this version does not have."""
+def check_engine(kind: str) -> None:
+    """Raise UnsupportedError for an engine that is not in this version, MissingExtraError for one that lacks a part."""
     if kind not in ENGINES:
         raise UnsupportedError(
             f"engine `{kind}` is not in this version; there is: {', '.join(ENGINES)}",
             hint='leave engine.kind out, or set it to "torch"',
         )
+    if missing := _list_missing(kind):
+        raise MissingExtraError(
+            f"engine `{kind}` needs the package `{missing[0]}`, which is not installed",
+            hint=f"run: {find_missing(kind)}",
+        )
+
+
+def find_missing(kind: str) -> str:
+    """The command that installs what an engine lacks; empty where it lacks nothing."""
+    return f"pip install 'luthier[{kind}]'" if _list_missing(kind) else ""
+
+
+def _list_missing(kind: str) -> list[str]:
+    return [name for name in list_missing(kind) if name not in _FOR_SOME]
+
+
+def find_engine(kind: str) -> Any:
+    """The `build` function of an engine that `check_engine` lets pass."""
+    check_engine(kind)
     wait_for_imports()
     return importlib.import_module(ENGINES[kind]).build
 

@@ -158,6 +158,8 @@ class EngineFacts:
     is_packed: bool
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    packs: bool = True
+    """Whether it packs at all; one that pads has nothing that could leak."""
 
 
 class OutOfMemory(Exception):
@@ -198,28 +200,16 @@ class Saved(Protocol):
         ...
 
 
-class Engine(Protocol):
-    """The thing that trains."""
+class Trainee(Protocol):
+    """A model in training, as evaluation, references, checkpoints and the probe see it, whatever takes its steps."""
 
     @property
     def facts(self) -> EngineFacts:
         """What was loaded."""
         ...
 
-    def forward_backward(self, batch: Batch, loss: Loss) -> Handle[Computed]:
-        """Log-probabilities, the loss, and gradients added to what is there."""
-        ...
-
     def forward(self, batch: Batch) -> Handle[Computed]:
         """Log-probabilities alone."""
-        ...
-
-    def optim_step(self, params: StepParams) -> Handle[StepTaken]:
-        """Reduce over processes, check that gradients are finite, step or refuse; clears the gradients."""
-        ...
-
-    def discard_gradients(self) -> None:
-        """Forget the gradients gathered so far."""
         ...
 
     def save(self, what: str) -> Saved:
@@ -228,10 +218,6 @@ class Engine(Protocol):
 
     def load(self, weights: Path, state: Path | None = None) -> None:
         """Go on from what was saved."""
-        ...
-
-    def sample(self, prompts: Sequence[Sequence[int]], params: SampleParams) -> Handle[list[list[int]]]:
-        """Tokens that follow each prompt, with the weights as they stand."""
         ...
 
     def sum_over_processes(self, values: Floats) -> Floats:
@@ -244,6 +230,26 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of the device and of the other processes."""
+        ...
+
+
+class Engine(Trainee, Protocol):
+    """The thing that trains, verb by verb."""
+
+    def forward_backward(self, batch: Batch, loss: Loss) -> Handle[Computed]:
+        """Log-probabilities, the loss, and gradients added to what is there."""
+        ...
+
+    def optim_step(self, params: StepParams) -> Handle[StepTaken]:
+        """Reduce over processes, check that gradients are finite, step or refuse; clears the gradients."""
+        ...
+
+    def discard_gradients(self) -> None:
+        """Forget the gradients gathered so far."""
+        ...
+
+    def sample(self, prompts: Sequence[Sequence[int]], params: SampleParams) -> Handle[list[list[int]]]:
+        """Tokens that follow each prompt, with the weights as they stand."""
         ...
 
 

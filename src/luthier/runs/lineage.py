@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 _NOT_BASE = ("manifest.json", "certificate.json", "consolidated*.safetensors")
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "numpy", "safetensors", "tokenizers")
+_PACKAGES_OF = {"trl": ("accelerate", "peft", "trl")}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _RACY_SECONDS = 2.0
@@ -65,10 +66,10 @@ def data_hash(prepared: Prepared) -> str:
 
 
 @remember
-def list_versions() -> dict[str, str]:
-    """Versions of Luthier, Python and the packages that decide numbers, as far as they are installed."""
+def list_versions(engine: str = "torch") -> dict[str, str]:
+    """Versions of Luthier, Python and the packages that decide an engine's numbers, as far as they are installed."""
     found = {"luthier": luthier.__version__, "python": platform.python_version(), "platform": platform.platform()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *_PACKAGES_OF.get(engine, ())):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -129,7 +130,7 @@ def build_lineage(
             "settings": plan.settings(),
         },
         "processes": spec.compute.processes,
-        "versions": list_versions(),
+        "versions": list_versions(spec.engine.kind),
         "parent": resolved.parent,
         "parents": parents,
         "metrics": {},
@@ -193,7 +194,8 @@ def accept_changes(
 
 def list_version_changes(lineage: Mapping[str, Any]) -> list[str]:
     """Packages that decide numbers and are of another version than when the run started."""
-    before, now = lineage.get("versions", {}), list_versions()
+    settings = lineage.get("plan", {}).get("settings", {})
+    before, now = lineage.get("versions", {}), list_versions(settings.get("engine.kind", "torch"))
     names = [name for name in before if name != "platform" and before[name] != now.get(name)]
     return [f"{name} was {before[name]} and is {now.get(name)}" for name in names]
 

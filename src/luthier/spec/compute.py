@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from luthier.spec.parallelism import Parallelism
 from luthier.spec.part import Part
 
 
@@ -26,3 +27,5 @@ class Compute(Part):
     """Accelerators asked of a server, for each node."""
     nodes: int | None = Field(None, ge=1)
     """Machines asked of a server."""
+    parallelism: Parallelism = Parallelism()
+    """Settings of trainers on many devices; see `[compute.parallelism]`."""

@@ -51,7 +51,8 @@ def describe_field(part: str, name: str) -> str:
 
 def describe_path(path: str) -> str:
     """The sentence of a dotted key, such as `optim.batch`; the `kind` of a tagged table has that of the table."""
-    table, _, key = path.rpartition(".")
+    tables, _, key = path.rpartition(".")
+    table = tables.rpartition(".")[2]
     modules = [sentences for module, _, sentences in _classes().values() if module == (table or "run")]
     if key == "kind" and len(modules) > 1:
         return describe_field("RunSpec", table)

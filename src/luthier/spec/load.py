@@ -293,7 +293,8 @@ def _is_plain(value: object) -> bool:
 
 def _toml_table(name: str, table: Mapping[str, Any]) -> str:
     rows = [f"{key} = {_toml_value(value)}" for key, value in table.items() if _is_plain(value)]
-    return "\n".join([f"[{name}]", *rows]) if rows else ""
+    inner = [_toml_table(f"{name}.{key}", value) for key, value in table.items() if isinstance(value, Mapping)]
+    return "\n\n".join(part for part in ["\n".join([f"[{name}]", *rows]) if rows else "", *inner] if part)
 
 
 def _toml_value(value: Any) -> str:

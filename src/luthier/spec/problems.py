@@ -167,7 +167,15 @@ def known_keys(raw: dict[str, Any]) -> dict[str, list[str]]:
         chosen = [part for part in parts if kind and kind in _kinds_of(part)] or parts
         if chosen:
             keys[name] = list(dict.fromkeys(key for part in chosen for key in part.model_fields))
+        for part in chosen:
+            keys |= {f"{name}.{key}": inner for key, inner in _inner_keys(part).items()}
     return keys
+
+
+def _inner_keys(part: type[BaseModel]) -> dict[str, list[str]]:
+    """Keys of the tables inside a table."""
+    inner = {key: list_kinds(field.annotation) for key, field in part.model_fields.items()}
+    return {key: list(parts[0].model_fields) for key, parts in inner.items() if parts}
 
 
 def list_kinds(annotation: Any) -> list[type[BaseModel]]:

@@ -13,9 +13,10 @@ from luthier.spec.engine import Engine
 from luthier.spec.evaluate import Evaluate
 from luthier.spec.method import AutoMethod, Method
 from luthier.spec.model import Model
-from luthier.spec.objective import Objective, SftObjective
+from luthier.spec.objective import DpoObjective, Objective, SftObjective
 from luthier.spec.optim import Optim
 from luthier.spec.output import Output
+from luthier.spec.parallelism import find_parallel_contradictions
 from luthier.spec.part import Part
 
 
@@ -83,8 +84,7 @@ def find_contradictions(spec: RunSpec) -> list[tuple[str, str]]:
         )
     if spec.data.unroll and spec.data.train_on == "all":
         found.append(("data.unroll", 'trains one turn at a time, and `data.train_on` is "all"'))
-    found += _beyond_engine(spec)
-    return found
+    return found + find_parallel_contradictions(spec) + _beyond_engine(spec)
 
 
 def _beyond_engine(spec: RunSpec) -> list[tuple[str, str]]:
@@ -95,4 +95,18 @@ def _beyond_engine(spec: RunSpec) -> list[tuple[str, str]]:
         found.append(("method.kind", f'engine `tinker` trains LoRA only, found "{method}"'))
     if kind in ("mlx", "tinker") and spec.compute.processes > 1:
         found.append(("compute.processes", f"engine `{kind}` runs in one process"))
+    return found + (_beyond_trl(spec) if kind == "trl" else [])
+
+
+def _beyond_trl(spec: RunSpec) -> list[tuple[str, str]]:
+    """What TRL's own trainers do not do, or do otherwise."""
+    objective, found = spec.objective, []
+    if objective.kind in ("simpo", "orpo"):
+        why = f'TRL has "{objective.kind}" among its experiments only; engine `torch` trains it'
+        found.append(("objective.kind", f"is beyond engine `trl`: {why}"))
+    if isinstance(objective, DpoObjective) and objective.label_smoothing > 0:
+        found.append(("objective.label_smoothing", "is beyond engine `trl`: TRL's losses have it no longer"))
+    if "fp16" in (spec.compute.precision, "fp16" if spec.compute.parallelism.fp16 else ""):
+        key = "precision" if spec.compute.precision == "fp16" else "parallelism.fp16"
+        found.append((f"compute.{key}", "fp16 is beyond engine `trl`, which trains in bf16 or fp32"))
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from luthier.data.prepared import Prepared
-from luthier.engines.verbs import Engine
+from luthier.engines.verbs import Trainee
 from luthier.spec.objective import Objective
 from luthier.training.objectives import References, build_loss, is_paired, metric_names
 from luthier.training.passes import Pass, Passed
@@ -46,7 +46,7 @@ def _finite(value: float) -> float | None:
 
 
 def evaluate(
-    engine: Engine, prepared: Prepared, objective: Objective, references: References | None, way: Pass
+    engine: Trainee, prepared: Prepared, objective: Objective, references: References | None, way: Pass
 ) -> Scores | None:
     """The scores of the held-out examples; None when asked to stop on the way."""
     names = (*_SUMS, *metric_names(objective))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from luthier.data.prepared import Prepared
-from luthier.engines.verbs import Engine
+from luthier.engines.verbs import Trainee
 from luthier.errors import NothingLearnedError
 from luthier.runs import events
 from luthier.runs.checkpoints import CheckpointStore
@@ -21,7 +21,7 @@ from luthier.runs.resolve import ResolvedModel
 from luthier.runs.run import Run, write_training_log
 from luthier.spec.method import AdapterKeys
 from luthier.spec.plan import RunPlan
-from luthier.training.loop import Outcome, Progress
+from luthier.training.course import Outcome, Progress
 from luthier.training.memory import remember_correction, remember_speed
 from luthier.training.passes import Watch
 from luthier.training.probe import read_text_facts, write_probe
@@ -33,7 +33,7 @@ from luthier.weights.text_files import copy_text_files
 
 
 def write_results(
-    run: Run, plan: RunPlan, prepared: Prepared, resolved: ResolvedModel, engine: Engine, progress: Progress
+    run: Run, plan: RunPlan, prepared: Prepared, resolved: ResolvedModel, engine: Trainee, progress: Progress
 ) -> Path:
     """Final weights and everything that tells of them; the weights as they now stand in the engine."""
     is_adapter = isinstance(plan.spec.method, AdapterKeys)
@@ -151,11 +151,11 @@ def _card(run: Run, plan: RunPlan, resolved: ResolvedModel, metrics: dict[str, f
         metrics=metrics,
         data_hash=lineage.get("data", {}).get("hash", ""),
         plan_hash=plan.hash(),
-        versions=list_versions(),
+        versions=list_versions(spec.engine.kind),
     )
 
 
-def keep_best(engine: Engine, store: CheckpointStore, plan: RunPlan, progress: Progress) -> None:
+def keep_best(engine: Trainee, store: CheckpointStore, plan: RunPlan, progress: Progress) -> None:
     """Bring the best weights back where the spec keeps those, and they are not the last."""
     best = progress.best_step
     if plan.spec.evaluate.keep == "best" and best is not None and best != progress.step:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from luthier.data.pack import lay_out_step
 from luthier.data.prepared import Prepared
-from luthier.engines.verbs import Batch, Computed, Engine, OutOfMemory
+from luthier.engines.verbs import Batch, Computed, OutOfMemory, Trainee
 from luthier.errors import OutOfMemoryError
 from luthier.runs import events
 from luthier.training.batches import Item, build_batch, read_item
@@ -38,7 +38,7 @@ class Pass:
     stop: StopFlag
     watch: Watch
 
-    def over(self, engine: Engine, prepared: Prepared, examples: Iterable[int]) -> Iterator[Passed]:
+    def over(self, engine: Trainee, prepared: Prepared, examples: Iterable[int]) -> Iterator[Passed]:
         """This process's part of the examples; it ends early where it is asked to stop."""
         rank, count = self.share
         wanted = [int(example) for example in examples]
@@ -57,7 +57,7 @@ class Pass:
                     told = time.monotonic()
                     self.watch(events.Working(self.name, done, len(wanted)))
 
-    def _compute(self, engine: Engine, items: list[Item]) -> Iterator[Passed]:
+    def _compute(self, engine: Trainee, items: list[Item]) -> Iterator[Passed]:
         """The model's word on some examples, in smaller parts where memory runs out."""
         waiting = [items]
         while waiting and not self.stop:

@@ -30,6 +30,7 @@ from luthier.training.memory import (
     read_correction,
     read_speed,
 )
+from luthier.training.parallel import settle_parallelism
 from luthier.weights.tensors import (
     ModelShape,
     build_model_shape,
@@ -72,11 +73,17 @@ def build_plan(
     """The spec with nothing left to decide; PlanError when the run cannot fit the machine."""
     draft = _Draft(absolute_paths(spec, Path.cwd()), [], model, machine, home)
     _check_devices(draft)
+    compute, noted = settle_parallelism(draft.spec, machine)
+    draft.spec = draft.spec.model_copy(update={"compute": compute})
+    draft.decisions += noted
     sizes = _measure(draft.spec, prepared)
     _decide_precision(draft)
     _decide_method(draft, sizes)
     steps, stream_end = _decide_schedule(draft, sizes)
     layout, memory = _decide_layout(draft, sizes)
+    if draft.spec.engine.kind == "trl":
+        reason = "memory and time are reckoned as for `torch`, until a run tells; it pads, and computes prompts twice"
+        draft.decisions.append(Decision("engine.kind", "trl", reason))
     trainable = count_trainable(draft.spec.method, model)
     return RunPlan(
         spec=draft.spec,
@@ -180,6 +187,11 @@ def _check_devices(draft: _Draft) -> None:
             f"compute.processes is {asked}, and this machine has {machine.device_count} x {machine.device_name}",
             hint=f"set compute.processes = {machine.device_count}: each process needs a device of its own",
         )
+    if machine.device == "cuda" and asked > 1 and draft.spec.engine.kind == "trl":
+        raise UnsupportedError(
+            f"compute.processes is {asked}: engine `trl` shares its steps over processes on a CPU only",
+            hint='set compute.processes = 1, or engine.kind = "torch"',
+        )
     if asked > draft.spec.optim.batch:
         raise SpecError(
             f"compute.processes is {asked}, and a step has {draft.spec.optim.batch} examples (optim.batch)",
@@ -198,7 +210,14 @@ def _decide_precision(draft: _Draft) -> None:
         return
     where = "processor" if machine.device == "cpu" else machine.device_name
     reasons = {"bf16": "computes in bf16", "fp32": "has no bf16", "fp16": "has no bf16; the loss is scaled"}
-    draft.decide("compute.precision", machine.precision, f"the {where} {reasons[machine.precision]}")
+    parallelism = draft.spec.compute.parallelism
+    refused = [name for name in ("bf16", "fp16") if getattr(parallelism, name) is False]
+    if machine.precision in refused:
+        draft.decide("compute.precision", "fp32", f"compute.parallelism.{machine.precision} is false")
+    elif machine.precision == "fp16" and draft.spec.engine.kind == "trl":
+        draft.decide("compute.precision", "fp32", f"the {where} has no bf16, and engine `trl` no fp16")
+    else:
+        draft.decide("compute.precision", machine.precision, f"the {where} {reasons[machine.precision]}")
 
 
 def _decide_method(draft: _Draft, sizes: _Sizes) -> None:
@@ -315,7 +334,7 @@ def _layouts(draft: _Draft, sizes: _Sizes) -> Iterator[tuple[Layout, Memory]]:
         tokens = list(dict.fromkeys(sizes.at_once(budget) for budget in _budgets(draft, sizes)))
     correction = 1.0 if draft.home is None else read_correction(draft.home, draft.key_for(method.kind))
     for recompute in {"auto": (False, True), "always": (True,), "never": (False,)}[compute.recompute]:
-        for keeps in (True, False) if method.kind == "qlora" else (False,):
+        for keeps in (True, False) if method.kind == "qlora" and draft.spec.engine.kind != "trl" else (False,):
             for count in tokens:
                 layout = Layout(
                     method=method.kind,

@@ -19,7 +19,7 @@ from luthier.data.example import Message
 from luthier.data.prepared import Prepared
 from luthier.data.reasons import RowError
 from luthier.data.tokens import ModelText
-from luthier.engines.verbs import Batch, Engine, Ints
+from luthier.engines.verbs import Batch, Ints, Trainee
 from luthier.errors import ModelError
 from luthier.runs.manifest import write_durably
 
@@ -57,7 +57,7 @@ class TextFacts:
     hash: str
 
 
-def write_probe(path: Path, engine: Engine, prepared: Prepared, vocabulary: int, text: TextFacts) -> None:
+def write_probe(path: Path, engine: Trainee, prepared: Prepared, vocabulary: int, text: TextFacts) -> None:
     """Log-probabilities of every token at the last places of a few prompts, with the tokens they follow."""
     examples = [*prepared.valid[:_PROMPTS].tolist(), *prepared.train[:_PROMPTS].tolist()][:_PROMPTS]
     tensors: dict[str, np.ndarray] = {}
@@ -132,7 +132,7 @@ def _numbered(tensors: dict[str, np.ndarray], name: str) -> tuple[np.ndarray, ..
     return tuple(tensors[f"{name}_{number}"] for number in range(count) if f"{name}_{number}" in tensors)
 
 
-def _logprobs(engine: Engine, tokens: np.ndarray, vocabulary: int) -> np.ndarray:
+def _logprobs(engine: Trainee, tokens: np.ndarray, vocabulary: int) -> np.ndarray:
     places = np.arange(len(tokens))[-PLACES:]
     whole = np.array([[0, len(tokens)]])
     every = np.broadcast_to(np.arange(vocabulary), (len(places), vocabulary)).copy()

@@ -16,6 +16,7 @@ from luthier.errors import CallError, ProofError, RunError
 from luthier.runs import events
 from luthier.runs.models import remove_model
 from luthier.runs.run import Run
+from luthier.spec.method import AdapterKeys
 from luthier.training.launch import run_processes
 from luthier.training.session import Work, train
 from luthier.training.signals import EXIT_CODES, StopFlag
@@ -26,7 +27,12 @@ MakeWork = Callable[..., Work]
 Tell = Callable[[str], None]
 _TOLERANCE = 1e-4
 # What a proof leaves of the outside world: nothing.
-_ALONE = {"output.merge": False, "output.model_id_file": None}
+ALONE: dict[str, object] = {"output.merge": False, "output.model_id_file": None}
+IN_FP32: dict[str, object] = {
+    "compute.precision": "fp32",
+    "compute.parallelism.bf16": None,
+    "compute.parallelism.fp16": None,
+}
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,8 @@ def prove_resume(make: MakeWork, *, steps: int, stop_at: int, tell: Tell) -> lis
     """Train `steps` steps; train to `stop_at`, stop, and go on to the same end; compare every tensor byte for byte."""
     if not 0 < stop_at < steps:
         raise CallError(f"--stop-at {stop_at} must lie between 1 and {steps - 1}", hint="leave it out for the middle")
-    settings = {"optim.steps": steps, "output.save_every_steps": steps, **_ALONE}
-    with _scratch() as folder:
+    settings = {"optim.steps": steps, "output.save_every_steps": steps, **ALONE}
+    with in_scratch() as folder:
         tell(f"{steps} steps without a stop")
         whole = _train(make(settings, folder / "whole"))
         tell(f"to step {stop_at}, stopped there")
@@ -63,15 +69,19 @@ def prove_resume(make: MakeWork, *, steps: int, stop_at: int, tell: Tell) -> lis
 
 def prove_invariance(make: MakeWork, *, steps: int, tell: Tell) -> list[Compared]:
     """The same steps cut into micro-batches in different ways, packed and not, in one process and in two; in fp32."""
-    base = {
+    base: dict[str, object] = {
         "optim.steps": steps,
-        "compute.precision": "fp32",
         "compute.processes": 1,
         "output.save_every_steps": 0,
-        **_ALONE,
+        **IN_FP32,
+        **ALONE,
     }
-    batch = make(base, None).plan.spec.optim.batch
-    with _scratch() as folder:
+    spec = make(base, None).plan.spec
+    batch = spec.optim.batch
+    if spec.engine.kind == "trl" and isinstance(spec.method, AdapterKeys):
+        tell("without dropout, which TRL draws for each micro-batch anew")
+        base |= {"method.kind": spec.method.kind, "method.dropout": 0.0}
+    with in_scratch() as folder:
         tell(f"{batch} rows at once")
         whole = _train(make({**base, "optim.micro_batch": batch}, folder / "whole"))
         tell("1 row at once")
@@ -95,6 +105,11 @@ def prove_invariance(make: MakeWork, *, steps: int, tell: Tell) -> list[Compared
     return _held(found, "invariance")
 
 
+def train_until(work: Work, step: int) -> Run:
+    """Train to the end, or to the step at which the proof stops it."""
+    return _train(work, until=step)
+
+
 def _train(work: Work, *, resume: bool = False, until: int | None = None) -> Run:
     """Train to the end, or to the step at which the proof stops it; a person may stop it anywhere."""
     outcome = train(work, resume=resume).outcome
@@ -114,7 +129,8 @@ def _stop_after(step: int, stop: StopFlag) -> Callable[[events.Event], None]:
 
 
 @contextmanager
-def _scratch() -> Iterator[Path]:
+def in_scratch() -> Iterator[Path]:
+    """A folder for the runs of a proof, gone with all that knows of them when it ends."""
     with tempfile.TemporaryDirectory(prefix="luthier-proof-") as folder:
         try:
             yield Path(folder)

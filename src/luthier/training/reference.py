@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from luthier.data.prepared import Prepared
-from luthier.engines.verbs import Engine, Floats
+from luthier.engines.verbs import Floats, Trainee
 from luthier.runs.manifest import find_manifest, seal
 from luthier.training.batches import Item, read_item
 from luthier.training.passes import Pass
@@ -31,7 +31,9 @@ class ReferenceTable:
         return found
 
 
-def compute_references(engine: Engine, prepared: Prepared, examples: Iterable[int], way: Pass) -> ReferenceTable | None:
+def compute_references(
+    engine: Trainee, prepared: Prepared, examples: Iterable[int], way: Pass
+) -> ReferenceTable | None:
     """One pass with the weights as they stand, which must be those of the base; None when asked to stop on the way."""
     chosen = sorted({int(example) for example in examples})
     counts = [read_item(prepared, example).trained_tokens for example in chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ import numpy as np
 
 from luthier.data.order import step_examples
 from luthier.data.prepared import Prepared
-from luthier.engines.registry import find_engine
-from luthier.engines.verbs import Engine
+from luthier.engines.registry import JOBS, find_engine
+from luthier.engines.verbs import Trainee
 from luthier.errors import DiskFullError, LuthierError, ResumeError, StorageError
 from luthier.runs import events
 from luthier.runs.checkpoints import CheckpointStore, ResumePoint
@@ -23,8 +24,9 @@ from luthier.runs.run import Run
 from luthier.spec.method import FullMethod
 from luthier.spec.objective import DpoObjective
 from luthier.spec.plan import RunPlan
+from luthier.training.course import Hear, Outcome, Progress
 from luthier.training.finish import close_run, keep_best, write_results
-from luthier.training.loop import Loop, Outcome, Progress
+from luthier.training.loop import Loop
 from luthier.training.objectives import References
 from luthier.training.passes import Pass, Watch
 from luthier.training.reference import compute_references, find_references, write_references
@@ -47,6 +49,8 @@ class Work:
     share: tuple[int, int] = (0, 1)
     packed: bool = True
     """Whether rows share a forward pass; a proof turns it off."""
+    hear: Hear | None = None
+    """Told of every sequence that is handed to the engine; a proof listens."""
 
     @property
     def leads(self) -> bool:
@@ -100,7 +104,7 @@ def _reached(run: Run) -> int:
 
 def _train(work: Work, *, resume: bool, changes: list[str]) -> Trained:
     watch, plan, store = _record(work), work.plan, _open_store(work)
-    watch(events.RunStarted(work.run.id, attempt=_attempt(work), versions=list_versions()))
+    watch(events.RunStarted(work.run.id, attempt=_attempt(work), versions=list_versions(plan.spec.engine.kind)))
     watch(events.Planned(plan.as_dict()))
     watch(events.DataReady(_counts(work.prepared), work.prepared.was_cached))
     point = _find_point(work, store, watch, changes) if resume else None
@@ -113,7 +117,7 @@ def _train(work: Work, *, resume: bool, changes: list[str]) -> Trained:
         references = _find_references(work, engine, watch)
         if references is None and isinstance(plan.spec.objective, DpoObjective):
             return _stopped_early(work, watch, point)
-        loop = Loop(
+        loop = find_steps(plan.spec.engine.kind)(
             plan,
             work.prepared,
             engine,
@@ -122,6 +126,7 @@ def _train(work: Work, *, resume: bool, changes: list[str]) -> Trained:
             stop=work.stop,
             share=work.share,
             references=references,
+            hear=work.hear,
             facts={"data": data_hash(work.prepared), "plan": plan.hash(), "processes": work.share[1]},
         )
         if point is not None:
@@ -141,12 +146,17 @@ def _train(work: Work, *, resume: bool, changes: list[str]) -> Trained:
         engine.close()
 
 
+def find_steps(kind: str) -> Any:
+    """What takes the steps of a run: the loop over an engine's verbs, or a trainer of whole jobs."""
+    return importlib.import_module(JOBS[kind]).Job if kind in JOBS else Loop
+
+
 def _attempt(work: Work) -> int:
     """How many times a process began to work on the run, this time included."""
     return 1 + sum(each["kind"] == events.RunStarted.kind for each in work.run.read_events()) if work.leads else 1
 
 
-def _peak_bytes(engine: Engine, plan: RunPlan) -> int:
+def _peak_bytes(engine: Trainee, plan: RunPlan) -> int:
     """What the plan's memory is held against: on a CPU that of all processes together."""
     peak = float(engine.peak_memory_bytes())
     return int(engine.sum_over_processes(np.array([peak]))[0] if plan.device == "cpu" else peak)
@@ -189,13 +199,13 @@ def _find_point(work: Work, store: CheckpointStore, watch: Watch, changes: list[
     return point
 
 
-def _load_engine(work: Work, watch: Watch) -> Engine:
+def _load_engine(work: Work, watch: Watch) -> Trainee:
     started = time.monotonic()
     build = find_engine(work.plan.spec.engine.kind)
-    engine: Engine = build(work.plan, work.resolved, work.home, packed=work.packed)
+    engine: Trainee = build(work.plan, work.resolved, work.home, packed=work.packed)
     facts = engine.facts
     watch(events.EngineLoaded(time.monotonic() - started, facts.is_packed, facts.trainable_parameters, facts.precision))
-    if work.packed and not facts.is_packed:
+    if work.packed and facts.packs and not facts.is_packed:
         watch(
             events.Warned(
                 "one_segment",
@@ -205,7 +215,7 @@ def _load_engine(work: Work, watch: Watch) -> Engine:
     return engine
 
 
-def _find_references(work: Work, engine: Engine, watch: Watch) -> References | None:
+def _find_references(work: Work, engine: Trainee, watch: Watch) -> References | None:
     """The reference log-probabilities of DPO; the engine still holds the base's weights."""
     plan = work.plan
     if not isinstance(plan.spec.objective, DpoObjective):

@@ -18,10 +18,12 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_flags_come_before_the_environment_before_a_file(tmp_path: Path) -> None:
-    write(tmp_path / ".env", "LUTHIER_SERVER=http://file:1\nLUTHIER_API_KEY=from-file\n")
-    environment = {"LUTHIER_SERVER": "http://env:1", "LUTHIER_API_KEY": "from-env"}
+    write(tmp_path / ".env", "LUTHIER_SERVER=http://file.test:1\nLUTHIER_API_KEY=from-file\n")
+    environment = {"LUTHIER_SERVER": "http://env.test:1", "LUTHIER_API_KEY": "from-env"}
     assert find_address(URL, "flag", environment=environment, folder=tmp_path) == Address(URL, "flag")
-    assert find_address(None, None, environment=environment, folder=tmp_path) == Address("http://env:1", "from-env")
+    assert find_address(None, None, environment=environment, folder=tmp_path) == Address(
+        "http://env.test:1", "from-env"
+    )
     assert find_address(URL, None, environment={}, folder=tmp_path) == Address(URL, "from-file")
 
 
@@ -33,7 +35,7 @@ def test_the_names_of_synth_s_clients_are_understood(tmp_path: Path) -> None:
 
 def test_of_several_files_a_person_chooses_and_a_script_must_name_one(tmp_path: Path) -> None:
     for name in ("a.env", "b.env"):
-        write(tmp_path / name, f"LUTHIER_SERVER=http://{name}:1\nLUTHIER_API_KEY={name}\n")
+        write(tmp_path / name, f"LUTHIER_SERVER=http://{name[0]}.test:1\nLUTHIER_API_KEY={name}\n")
     write(tmp_path / "c.env", "OTHER=1\n")
     assert [path.name for path in list_env_files(tmp_path)] == ["a.env", "b.env"]
     with pytest.raises(CallError, match=r"a\.env, b\.env"):
@@ -50,7 +52,7 @@ def test_a_file_is_read_and_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "gone").exists()
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "127.0.0.1:8440", "http://", "http://u:p@x", "http://x?q=1"])
+@pytest.mark.parametrize("url", ["ftp://x", "127.0.0.1:8440", "http://", "http://u:p@box.test", "http://x?q=1"])
 def test_what_is_no_address_is_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(CallError, match="no address"):
         find_address(url, "k", environment={}, folder=tmp_path)

@@ -109,10 +109,10 @@ def test_a_job_keeps_what_was_asked(desk: Desk) -> None:
 
 def test_notes_of_the_translation_are_events(desk: Desk) -> None:
     body = synth_body(desk.file)
-    body["hyperparameters"]["parallelism"] = {"use_deepspeed": True}
+    body["hyperparameters"]["parallelism"] = {"overlap_comm": True}
     job = desk.ask("POST", JOBS, json=body)["id"]
     noted = [event for event in desk.ask("GET", f"{JOBS}/{job}/events")["events"] if event["type"] == "sft.noted"]
-    assert any("use_deepspeed" in event["message"] for event in noted)
+    assert any("overlap_comm" in event["message"] for event in noted)
 
 
 def test_each_state_moves_the_time_that_clients_tell_states_by(desk: Desk) -> None:

@@ -40,6 +40,8 @@ def _values(annotation: Any, limits: list[Any]) -> st.SearchStrategy[Any]:
         return st.one_of(*(_values(each, limits) for each in arguments))
     if origin is list:
         return st.lists(_values(arguments[0], []), max_size=3)
+    if list_kinds(annotation):
+        return _table(annotation)
     if annotation in (int, float):
         return _numbers(annotation, limits)
     if annotation is str:

@@ -209,6 +209,16 @@ def test_a_text_that_cannot_be_read_says_why(text: str, kind: str, words: str) -
         ('[objective]\nkind = "pretrain"\n[data]\nunroll = true', "data.unroll"),
         ('[data]\ntoo_long = "split"', "data.too_long"),
         ('[engine]\nkind = "tinker"\n[method]\nkind = "qlora"', "method.kind"),
+        ('[engine]\nkind = "trl"\n[objective]\nkind = "simpo"', "objective.kind"),
+        ('[engine]\nkind = "trl"\n[objective]\nkind = "dpo"\nlabel_smoothing = 0.1', "objective.label_smoothing"),
+        ('[engine]\nkind = "trl"\n[compute]\nprecision = "fp16"', "compute.precision"),
+        ('[engine]\nkind = "trl"\n[compute.parallelism]\nfp16 = true', "compute.parallelism.fp16"),
+        ("[compute.parallelism]\nbf16 = true\nfp16 = true", "compute.parallelism.fp16"),
+        ('[compute]\nprecision = "fp32"\nparallelism = { bf16 = true }', "compute.parallelism.bf16"),
+        (
+            '[compute]\nrecompute = "never"\n[compute.parallelism]\nactivation_checkpointing = true',
+            "compute.parallelism.activation_checkpointing",
+        ),
         ('[engine]\nkind = "mlx"\n[compute]\nprocesses = 2', "compute.processes"),
     ],
 )

@@ -129,12 +129,13 @@ def test_the_model_may_stand_in_its_own_table() -> None:
     assert loaded.spec.optim.epochs == 2.0
 
 
-def test_parallelism_is_noted() -> None:
-    notes = load(JOB + "[hyperparameters.parallelism]\nuse_deepspeed = true\nbf16 = true").notes
-    assert [note.split(" = ")[0] for note in notes] == [
-        "`hyperparameters.parallelism.use_deepspeed",
-        "`hyperparameters.parallelism.bf16",
-    ]
+def test_parallelism_becomes_ours_and_what_is_not_known_is_noted() -> None:
+    loaded = load(JOB + '[hyperparameters.parallelism]\nuse_deepspeed = true\nbf16 = true\nfsdp = "full"\nring = 2')
+    given = loaded.spec.compute.parallelism
+    assert (given.use_deepspeed, given.bf16, given.fsdp, given.fp16) == (True, True, "full", None)
+    assert [note.split(" = ")[0] for note in loaded.notes] == ["`hyperparameters.parallelism.ring"]
+    wrong = refusal(JOB + "[hyperparameters.parallelism]\ndeepspeed_stage = 7")
+    assert "`compute.parallelism.deepspeed_stage`: expected at most 3, found 7" in wrong.message
 
 
 def test_every_unknown_key_is_listed() -> None:

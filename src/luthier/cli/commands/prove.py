@@ -11,6 +11,7 @@ from luthier.cli.flags import FLAGS, load_run_call, read_overrides, spec_flags
 from luthier.cli.output import Group, paint, print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
+    from luthier.training.equivalence import Equivalence
     from luthier.training.proofs import Compared
     from luthier.training.session import Work
 
@@ -43,6 +44,48 @@ def invariance(spec: str | None, settings: tuple[str, ...], as_json: bool, **fla
     make, steps = _maker(spec, flags, settings, as_json=as_json)
     found = prove_invariance(make, steps=steps, tell=_teller(as_json))
     _print(found, f"how a step is cut up changes nothing, over {steps} steps", as_json=as_json)
+
+
+@command.command("engines")
+@click.argument("spec", required=False)
+@click.option("--steps", type=int, default=20, metavar="N", help="How many steps of the spec; 20 when absent.")
+@click.option("--engines", default=None, metavar="NAMES", help="Engines by name, with commas; all that are installed.")
+@spec_flags(*(flag for flag in FLAGS if flag not in ("steps", "engine")))
+def engines(
+    spec: str | None, steps: int, engines: str | None, settings: tuple[str, ...], as_json: bool, **flags: Any
+) -> None:
+    """Train the first steps of SPEC on each installed engine, in fp32: same tokens, same mask, same losses."""
+    from luthier.training.equivalence import check_equivalence, prove_engines
+
+    make, _ = _maker(spec, flags, settings, as_json=as_json)
+    named = [name.strip() for name in engines.split(",")] if engines else None
+    found = prove_engines(make, named, steps=steps, tell=_teller(as_json))
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        _print_engines(found)
+    check_equivalence(found)
+    if not as_json:
+        names = " and ".join([found.first.engine, *(each.trace.engine for each in found.others)])
+        say(f"{paint('proved', '32')}: one spec means the same on {names}, over {found.steps} steps")
+
+
+def _print_engines(found: Equivalence) -> None:
+    traces = [found.first, *(each.trace for each in found.others)]
+    rows = [
+        ("", *(trace.engine for trace in traces)),
+        ("tokens", *(trace.token_hash for trace in traces)),
+        ("mask", *(trace.mask_hash for trace in traces)),
+    ]
+    rows += [
+        (f"loss of step {number}", *(f"{loss:.6f}" for loss in losses))
+        for number, losses in enumerate(zip(*(trace.losses for trace in traces), strict=False), 1)
+    ]
+    apart = (f"{each.difference:.1e}, {each.allowed:.0e} allowed" for each in found.others)
+    print_table([*rows, ("largest difference", "", *apart)])
+    for name, why in found.left_out.items():
+        say(f"{name}: {why}")
+    say("in fp32, without dropout, in one process")
 
 
 _STEPS = 6

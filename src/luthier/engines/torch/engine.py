@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import resource
-import shutil
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from luthier.data.hashes import mix
 from luthier.engines.torch.head import ROUNDED
-from luthier.engines.torch.loading import Loaded, load_for_training, read_model, run_base
+from luthier.engines.torch.keeping import (
+    AdapterShape,
+    Files,
+    copy_tensors,
+    put_back,
+    read_adapter_tensors,
+    read_model_tensors,
+    write_model,
+)
+from luthier.engines.torch.loading import Loaded, load_for_training, run_base
+from luthier.engines.torch.memory import find_peak_bytes, memory_errors
 from luthier.engines.torch.processes import Processes, join_processes
 from luthier.engines.torch.sampling import sample_tokens
 from luthier.engines.torch.steps import Masters, Stepper
@@ -35,16 +40,13 @@ from luthier.engines.verbs import (
     StepParams,
     StepTaken,
 )
-from luthier.errors import CheckpointError, OutOfMemoryError
+from luthier.errors import OutOfMemoryError
 from luthier.runs.resolve import ResolvedModel
 from luthier.spec.method import AdapterKeys
 from luthier.spec.plan import RunPlan
-from luthier.weights.peft import AdapterConfig, read_adapter, write_adapter
 
 STATE_FILE = "optimizer.safetensors"
 MASTERS_FILE = "masters.safetensors"
-GENERATION_FILE = "generation_config.json"
-_CPU_OUT_OF_MEMORY = "can't allocate memory"
 
 
 def build(plan: RunPlan, resolved: ResolvedModel, home: Path, *, packed: bool = True) -> TorchEngine:
@@ -69,7 +71,7 @@ class TorchEngine:
         self._stepper = Stepper(plan.spec.optim.kind, self._masters, scales_loss=loaded.dtype == torch.float16)
         if loaded.adapters:
             # The first copy for a checkpoint would wait for fresh memory: it is asked for now, and kept when freed.
-            [_taken(self._masters.named()) for _ in range(3)]
+            [copy_tensors(self._masters.named()) for _ in range(3)]
 
     @property
     def facts(self) -> EngineFacts:
@@ -88,14 +90,14 @@ class TorchEngine:
 
     def forward_backward(self, batch: Batch, loss: Loss) -> Ready[Computed]:
         """Log-probabilities, the loss, and gradients added to what is there."""
-        with _memory_errors():
+        with memory_errors():
             work = self._forward_backward if self._loaded.can_pack(batch) else self._one_by_one
             return work(batch, loss)
 
     def forward(self, batch: Batch) -> Ready[Computed]:
         """Log-probabilities alone, without dropout."""
         parts = [batch] if self._loaded.can_pack(batch) else batch.alone()
-        with _memory_errors(), torch.no_grad():
+        with memory_errors(), torch.no_grad():
             found = [self._forward(part) for part in parts]
         logprobs = np.concatenate([each[0] for each in found])
         hits = [each[1] for each in found if each[1] is not None]
@@ -105,7 +107,7 @@ class TorchEngine:
         """Reduce over processes, check, step or refuse; clears the gradients."""
         self._processes.sum_gradients(self._masters.masters)
         try:
-            with _memory_errors():
+            with memory_errors():
                 taken = self._stepper.step(params)
         except OutOfMemory as error:
             raise OutOfMemoryError(
@@ -131,9 +133,7 @@ class TorchEngine:
 
     def peak_memory_bytes(self) -> int:
         """The most this process has held: of the device, or of the machine's memory on a CPU."""
-        if self._loaded.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._loaded.device)
-        return _peak_of_this_process()
+        return find_peak_bytes(self._loaded.device)
 
     def close(self) -> None:
         """Let go of the other processes."""
@@ -209,89 +209,37 @@ class TorchEngine:
 
     # -- what is kept ------------------------------------------------------------------------------------------
 
-    def save(self, what: str) -> _Files:
+    def save(self, what: str) -> Files:
         """`weights` as they are published, or the `state` that resuming needs besides."""
         is_live = not self._loaded.adapters
         if what == "state":
             files = {STATE_FILE: self._stepper.state()}
             if is_live:
                 files[MASTERS_FILE] = self._masters.named()
-                return _Files(files, is_live=True)
-            return _Files({name: _taken(tensors) for name, tensors in files.items()})
+                return Files(files, is_live=True)
+            return Files({name: copy_tensors(tensors) for name, tensors in files.items()})
         if is_live:
-            return _Files({}, self._write_model, is_live=True)
-        tensors = self._with_twin(_taken(self._masters.named()))
-        return _Files(
-            {},
-            lambda folder: write_adapter(
-                folder, self._adapter_config(), {name: each.numpy() for name, each in tensors.items()}
-            ),
-        )
+            base = self._resolved.folder
+            return Files({}, lambda folder: write_model(self._loaded.model, base, folder), is_live=True)
+        return self._adapter_shape().take(self._masters.named())
 
-    def _with_twin(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An embedding table that is the head too is published under both names, as PEFT reads it."""
-        twins = self._loaded.twins
-        known = next((name for name in twins if name in tensors), None)
-        return tensors if known is None else tensors | dict.fromkeys(twins, tensors[known])
-
-    def _adapter_config(self) -> AdapterConfig:
-        method = self._plan.spec.method
+    def _adapter_shape(self) -> AdapterShape:
+        loaded, method = self._loaded, self._plan.spec.method
         assert isinstance(method, AdapterKeys)
-        whole = set(self._loaded.whole)
-        if whole & set(self._loaded.twins):
-            whole |= set(self._loaded.twins)
-        return AdapterConfig(
-            base=self._resolved.name,
-            rank=method.rank,
-            alpha=method.alpha,
-            dropout=method.dropout,
-            rslora=method.rslora,
-            targets=tuple(self._loaded.adapters),
-            layers=None,
-            modules_to_save=tuple(sorted({name.rpartition(".")[0] for name in whole})),
-            revision=self._resolved.revision,
-            tied=bool(whole & set(self._loaded.twins)),
-        )
-
-    def _write_model(self, folder: Path) -> None:
-        model, base = self._loaded.model, self._resolved.folder / GENERATION_FILE
-        # What the base asks of generation stays as its file has it: transformers refuses to write some that it reads.
-        asked, model.generation_config = model.generation_config, transformers.GenerationConfig()
-        try:
-            model.save_pretrained(folder)
-        finally:
-            model.generation_config = asked
-        (folder / GENERATION_FILE).unlink(missing_ok=True)
-        if base.is_file():
-            shutil.copyfile(base, folder / GENERATION_FILE)
+        return AdapterShape(method, self._resolved, tuple(loaded.adapters), frozenset(loaded.whole), loaded.twins)
 
     def load(self, weights: Path, state: Path | None = None) -> None:
         """Go on from what was saved; without a state only the weights are taken."""
-        masters = self._masters.named()
         if self._loaded.adapters:
-            found = {name: torch.from_numpy(value) for name, value in read_adapter(weights)[1].items()}
+            found = read_adapter_tensors(weights)
         elif state is not None:
             found = load_file(str(state / MASTERS_FILE))
         else:
-            # Through transformers, which may keep weights under other names in files than in the model.
-            found = dict(read_model(weights, self._loaded.dtype, torch.device("cpu")).named_parameters())
-        missing = sorted(set(masters) - set(found))
-        if missing:
-            raise CheckpointError(f"{weights}: has no `{missing[0]}`, which this run trains", where=str(weights))
-        with torch.no_grad():
-            for name, master in masters.items():
-                master.copy_(found[name])
+            found = read_model_tensors(weights, self._loaded.dtype)
+        put_back(self._masters.named(), found, weights)
         self._masters.publish()
         if state is not None:
             self._stepper.load_state(load_file(str(state / STATE_FILE)))
-
-
-def _peak_of_this_process() -> int:
-    """Linux keeps it for the process alone; elsewhere what a parent held may count."""
-    with suppress(OSError, StopIteration), Path("/proc/self/status").open() as lines:
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _computed(loss: Loss, logprobs: Tensor) -> Computed:
@@ -300,41 +248,5 @@ def _computed(loss: Loss, logprobs: Tensor) -> Computed:
     return Computed(found, result.value, result.metrics)
 
 
-def _taken(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, which later steps do not change."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-
-@dataclass(frozen=True)
-class _Files:
-    """Tensors taken at one moment, by file; and what else is to be written."""
-
-    tensors: dict[str, dict[str, Tensor]]
-    more: Callable[[Path], None] | None = None
-    is_live: bool = False
-
-    def write(self, folder: Path) -> None:
-        for name, each in self.tensors.items():
-            save_file(each, str(folder / name))
-        if self.more:
-            self.more(folder)
-
-
 def _weighted(weights: Floats) -> Callable[[Floats], LossResult]:
     return lambda logprobs: LossResult(float(-(weights * logprobs).sum()), -weights)
-
-
-class _memory_errors:  # noqa: N801 (read as a statement)
-    """Turns the ways in which torch says that memory is out into ours."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        is_out = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-            isinstance(error, RuntimeError) and _CPU_OUT_OF_MEMORY in str(error)
-        )
-        if is_out:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            raise OutOfMemory(str(error).splitlines()[0]) from None

@@ -59,7 +59,7 @@ def load_for_training(plan: RunPlan, resolved: ResolvedModel, home: Path) -> Loa
     dtype, device = DTYPES[spec.compute.precision], torch.device(plan.device)
     model = read_model(resolved.folder, dtype, device)
     loaded = Loaded(model, find_head(model), device, dtype)
-    _apply_adapters(model, resolved, home)
+    apply_adapters(model, resolved, home)
     loaded.is_packed = holds_when_packed(loaded)
     method = spec.method
     if isinstance(method, AdapterKeys):
@@ -77,7 +77,7 @@ def load_for_sampling(resolved: ResolvedModel, home: Path, *, precision: str, de
     """A model to be measured as it stands, adapters added to its weights."""
     model = read_model(resolved.folder, DTYPES[precision], torch.device(device))
     loaded = Loaded(model, find_head(model), torch.device(device), DTYPES[precision])
-    _apply_adapters(model, resolved, home)
+    apply_adapters(model, resolved, home)
     _prepare_modules(loaded, recompute=False)
     return loaded
 
@@ -88,7 +88,7 @@ def load_as_start(
     """A model as training starts from it: earlier adapters in its weights, and NF4 values where `over` was on those."""
     model = read_model(resolved.folder, DTYPES[precision], torch.device(device))
     loaded = Loaded(model, find_head(model), torch.device(device), DTYPES[precision])
-    _apply_adapters(model, resolved, home)
+    apply_adapters(model, resolved, home)
     loaded.is_packed = holds_when_packed(loaded)
     if over is not None and over.quantised:
         _quantise(model, over.double_quant, resolved, home, kept=True)
@@ -96,8 +96,8 @@ def load_as_start(
     return loaded
 
 
-def read_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers' model with our attention, from safetensors alone and without any code of the model's own."""
+def read_model(folder: Path, dtype: torch.dtype, device: torch.device, attends: str | None = attention.NAME) -> Any:
+    """transformers' model from safetensors alone, without code of its own; with our attention unless told."""
     os.environ.setdefault("USE_HUB_KERNELS", "0")
     import_module("transformers.modeling_utils")  # waits, where another thread is importing it in advance
     from transformers.utils import logging
@@ -106,7 +106,7 @@ def read_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     logging.disable_progress_bar()
     attention.register()
     try:
-        read = _from_pretrained(folder, dtype, attention.NAME)
+        read = _from_pretrained(folder, dtype, attends)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
@@ -117,7 +117,7 @@ def read_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     # What the files lack, transformers would draw at random.
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"{folder}: {missing[0]} and {len(missing) - 1} more weights are in none of its files")
-    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+    if attends and getattr(model.config.get_text_config(), "attention_chunk_size", None):
         raise UnsupportedError(f"{folder}: this model attends in chunks, which packed attention does not have")
     return model.to(device)
 
@@ -147,7 +147,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype, attends: str | None) -> A
     return read if takes_ours else _from_pretrained(folder, dtype, None)
 
 
-def _apply_adapters(model: Any, resolved: ResolvedModel, home: Path) -> None:
+def apply_adapters(model: Any, resolved: ResolvedModel, home: Path) -> None:
     """Add adapters to the weights in order, each to the values it was trained over: those of NF4 for a QLoRA run."""
     for number, ref in enumerate(resolved.adapters):
         if ref.quantised:
@@ -175,10 +175,15 @@ def _apply_adapter(model: Any, folder: Path) -> None:
 
 
 def _quantise(model: Any, double: bool, resolved: ResolvedModel, home: Path, *, kept: bool) -> None:
-    every = find_targets(model, LoraMethod(kind="lora"))
-    layers = {name: model.get_submodule(name) for name in every}
-    key = "|".join([base_hash(resolved.folder), *(base_hash(ref.path) for ref in resolved.adapters)])
+    layers, key = find_quantised(model, resolved)
     quantise_model(model, layers, double=double, keep_dequantised=kept, home=home, base_key=key)
+
+
+def find_quantised(model: Any, resolved: ResolvedModel) -> tuple[dict[str, nn.Linear], str]:
+    """The layers that a 4-bit base holds in 4 bits, and what their values hang on."""
+    every = find_targets(model, LoraMethod(kind="lora"))
+    key = "|".join([base_hash(resolved.folder), *(base_hash(ref.path) for ref in resolved.adapters)])
+    return {name: model.get_submodule(name) for name in every}, key
 
 
 def _adapt(loaded: Loaded, method: AdapterKeys, seed: int) -> None:
@@ -187,14 +192,15 @@ def _adapt(loaded: Loaded, method: AdapterKeys, seed: int) -> None:
     layers = list(lora_layers(loaded.model))
     if layers:
         loaded.dropout = layers[0].dropout
-    loaded.twins = _find_twins(loaded.model)
+    loaded.twins = find_twins(loaded.model)
     for wanted in method.also_train:
         known = {id(parameter) for parameter in loaded.whole.values()}
         found = _also_train(loaded.model, wanted)
         loaded.whole |= {name: parameter for name, parameter in found.items() if id(parameter) not in known}
 
 
-def _find_twins(model: Any) -> tuple[str, ...]:
+def find_twins(model: Any) -> tuple[str, ...]:
+    """Names of the embedding table's weight and of the head's, where they are one."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if table.weight is not getattr(head, "weight", None):
         return ()
@@ -223,13 +229,18 @@ def _also_train(model: Any, wanted: str) -> dict[str, nn.Parameter]:
     return found
 
 
-def _prepare_modules(loaded: Loaded, *, recompute: bool) -> None:
-    """No randomness but ours, and recomputation where it was planned."""
-    for module in loaded.model.modules():
+def still_dropout(model: Any) -> None:
+    """No randomness of the model's own: what an adapter's dropout does is all there is."""
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+
+
+def _prepare_modules(loaded: Loaded, *, recompute: bool) -> None:
+    """No randomness but ours, and recomputation where it was planned."""
+    still_dropout(loaded.model)
     loaded.model.eval()
     if recompute:
         loaded.model.train()
@@ -297,7 +308,7 @@ def holds_when_packed(loaded: Loaded) -> bool:
     allowed = _TOLERANCE[loaded.dtype] * max(largest, 1.0)
     loaded.is_packed = _takes_our_attention(loaded, single)
     if not loaded.is_packed:
-        loaded.model.set_attn_implementation(_name_own(loaded.model))
+        loaded.model.set_attn_implementation(name_own_attention(loaded.model))
     if not _differ(_our_logits(loaded, single), alone[0]) <= allowed:
         raise ModelError(
             "this model gives other logits through packed attention than through its own",
@@ -351,13 +362,14 @@ class own_attention:  # noqa: N801 (read as a statement: with own_attention(mode
 
     def __enter__(self) -> None:
         self._before = self._model.config._attn_implementation
-        self._model.set_attn_implementation(_name_own(self._model))
+        self._model.set_attn_implementation(name_own_attention(self._model))
 
     def __exit__(self, *_: object) -> None:
         self._model.set_attn_implementation(self._before)
 
 
-def _name_own(model: Any) -> str:
+def name_own_attention(model: Any) -> str:
+    """The attention that transformers has for a model, where it is right for it."""
     # Some versions of transformers say that `sdpa` will do where it leaves soft-capping out.
     is_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     return "sdpa" if getattr(model, "_supports_sdpa", False) and not is_capped else "eager"

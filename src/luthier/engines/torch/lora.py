@@ -105,11 +105,8 @@ class LoraLinear(nn.Module):
 
     def start(self, seed: int) -> None:
         """The adapter's first values: uniform A as PEFT has it, zero B; a function of seed and site."""
-        generator = torch.Generator().manual_seed(int(mix(np.array([self.site], np.uint64), seed)[0] >> 1))
-        bound = 1 / math.sqrt(self.in_features)
-        drawn = torch.empty(self.lora_A.shape, dtype=_FLOAT).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
-            self.lora_A.copy_(drawn)
+            self.lora_A.copy_(draw_start(*self.lora_A.shape, site=self.site, seed=seed))
             self.lora_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,6 +124,13 @@ class LoraLinear(nn.Module):
         update = (self.lora_B @ self.lora_A) * self.scale
         base = self.base_weight()
         return (base.to(_FLOAT) + update).to(base.dtype)
+
+
+def draw_start(rank: int, width: int, *, site: int, seed: int) -> Tensor:
+    """The first values of an adapter's A: a function of its shape, its place among the targets, and the seed."""
+    generator = torch.Generator().manual_seed(int(mix(np.array([site], np.uint64), seed)[0] >> 1))
+    bound = 1 / math.sqrt(width)
+    return torch.empty(rank, width, dtype=_FLOAT).uniform_(-bound, bound, generator=generator)
 
 
 class _Plain:

@@ -67,7 +67,7 @@ def quantise_model(
     model: nn.Module, layers: dict[str, nn.Linear], *, double: bool, keep_dequantised: bool, home: Path, base_key: str
 ) -> None:
     """Hold the layers in NF4; with `keep_dequantised` their values are those of NF4 and lie in full width."""
-    weights = _cached_weights(layers, double, home, base_key)
+    weights = read_weights(layers, double, home, base_key)
     for name, layer in layers.items():
         weight = weights[name]
         if keep_dequantised:
@@ -98,7 +98,8 @@ def build_dequantise(
     return dequantise
 
 
-def _cached_weights(layers: dict[str, nn.Linear], double: bool, home: Path, base_key: str) -> dict[str, Nf4Weight]:
+def read_weights(layers: dict[str, nn.Linear], double: bool, home: Path, base_key: str) -> dict[str, Nf4Weight]:
+    """The layers' weights in NF4, from the cache where they are there."""
     from safetensors.torch import load_file, save_file
 
     dtype = str(next(iter(layers.values())).weight.dtype)

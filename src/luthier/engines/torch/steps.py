@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -137,21 +137,36 @@ class Stepper:
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's tensors by name of the weight: `<part>/<name>`."""
-        found = {"scale": torch.tensor([self.loss_scale, self._good_steps], dtype=torch.float64)}
-        for name, master in zip(self.masters.names, self.masters.masters, strict=True):
-            for part, value in self.optimizer.state.get(master, {}).items():
-                if value is not None:
-                    found[f"{part}/{name}"] = torch.as_tensor(value)
-        return found
+        scale = torch.tensor([self.loss_scale, self._good_steps], dtype=torch.float64)
+        return {"scale": scale} | read_moments(self.optimizer, self._by_name())
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Go on from such tensors."""
-        by_name = dict(zip(self.masters.names, self.masters.masters, strict=True))
         scale = tensors.pop("scale")
         self.loss_scale, self._good_steps = float(scale[0]), int(scale[1])
-        for key, value in tensors.items():
-            part, _, name = key.partition("/")
-            master = by_name[name]
-            # A fused step wants its count on the device, the others on the CPU.
-            is_count = part == "step" and not self.optimizer.defaults.get("fused")
-            self.optimizer.state[master][part] = value.clone() if is_count else value.to(master.device, copy=True)
+        put_moments(self.optimizer, self._by_name(), tensors)
+
+    def _by_name(self) -> dict[str, nn.Parameter]:
+        return dict(zip(self.masters.names, self.masters.masters, strict=True))
+
+
+def read_moments(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What an optimizer knows of each weight, as tensors by `<part>/<name>`."""
+    return {
+        f"{part}/{name}": torch.as_tensor(value)
+        for name, weight in weights.items()
+        for part, value in optimizer.state.get(weight, {}).items()
+        if value is not None
+    }
+
+
+def put_moments(
+    optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Give an optimizer back what was read of it."""
+    for key, value in tensors.items():
+        part, _, name = key.partition("/")
+        weight = weights[name]
+        # A fused step wants its count on the device, the others on the CPU.
+        is_count = part == "step" and not optimizer.defaults.get("fused")
+        optimizer.state[weight][part] = value.clone() if is_count else value.to(weight.device, copy=True)

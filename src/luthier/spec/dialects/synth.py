@@ -27,6 +27,16 @@ _METRICS = {
     "eval_loss": "loss",
     "val.perplexity": "perplexity",
 }
+_PARALLELISM = {
+    "use_deepspeed",
+    "deepspeed_stage",
+    "fsdp",
+    "bf16",
+    "fp16",
+    "activation_checkpointing",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+}
 _NOTES = {
     "algorithm.type": "offline training is what Luthier does",
     "algorithm.method": "supervised fine-tuning is the objective",
@@ -36,14 +46,6 @@ _NOTES = {
     "training.validation.greater_is_better": "the direction follows from the metric",
     "tags": "a local run has no tags",
 }
-
-
-_PARALLELISM = {
-    "bf16": "`compute.precision` follows the device, which computes in bf16 where it can",
-    "fp16": "`compute.precision` follows the device, which computes in bf16 where it can",
-    "activation_checkpointing": "`compute.recompute` follows from the memory there is",
-}
-_SPLITS_NOTHING = "no model is split here: processes share the examples of a step"
 
 
 @dataclass
@@ -85,8 +87,7 @@ def build_tables(tables: dict[str, Any], name: str) -> Translation:
     _translate_validation(job, done)
     for key in ("gpu_type", "gpu_count", "nodes"):
         job.move(done, f"compute.{key}", f"compute.{key}")
-    for key, value in job.take_table("hyperparameters.parallelism").items():
-        done.note_unused(f"hyperparameters.parallelism.{key}", value, _PARALLELISM.get(key, _SPLITS_NOTHING))
+    _translate_parallelism(job, done)
     for key, why in _NOTES.items():
         done.note_unused(key, job.take(key), why)
     _refuse_leftovers(job, name)
@@ -196,6 +197,19 @@ def _translate_batch(job: _Reader, done: Translation) -> None:
         counts = [1 if value is None else value for value in (micro, accumulation)]
         product = counts[0] * counts[1] if all(isinstance(count, int) for count in counts) else accumulation
         done.put("optim.batch", product, "hyperparameters.gradient_accumulation_steps")
+
+
+def _translate_parallelism(job: _Reader, done: Translation) -> None:
+    """Known names are ours too, and a plan decides what they do; of others nobody here knows what they mean."""
+    given = job.take_table("hyperparameters.parallelism")
+    known = {key: value for key, value in given.items() if key in _PARALLELISM}
+    if known:
+        done.tables.setdefault("compute", {})["parallelism"] = known
+    for key, value in given.items():
+        if key in known:
+            done.came_from[f"compute.parallelism.{key}"] = f"hyperparameters.parallelism.{key}"
+        else:
+            done.note_unused(f"hyperparameters.parallelism.{key}", value, "it has no effect on one device")
 
 
 def _translate_validation(job: _Reader, done: Translation) -> None:

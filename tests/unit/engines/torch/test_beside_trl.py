@@ -39,7 +39,7 @@ torch = pytest.importorskip("torch")
 pytestmark = [
     pytest.mark.torch,
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the `bench` extra"),
+    pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the `trl` extra"),
 ]
 STEPS, BATCH = 20, 4
 
