@@ -17,6 +17,7 @@ log = logging.getLogger("luthier.server")
 
 _DATA_PURPOSES = ("fine-tune", "user_data", "evals")
 _PATIENCE_SECONDS = 5.0
+_TRIES = 3
 
 
 class FileChecks:
@@ -64,9 +65,10 @@ class FileChecks:
                 log.exception("checking %s failed", file.id)
 
     def _check(self, file: StoredFile) -> None:
-        report = check_file(self._files.path(file), filename=file.filename)
-        if not report.is_final:
+        for _ in range(_TRIES):
+            report = check_file(self._files.path(file), filename=file.filename)
+            if report.is_final:
+                break
             log.warning("checking %s: %s", file.id, report.message)
-            return
         status = "ready" if report.ok else "error"
         self._files.set_report(file.project, file.id, status, rows=report.rows, report=report.as_dict())

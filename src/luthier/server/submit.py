@@ -153,7 +153,8 @@ def _check_files(service: Service, new: NewJob) -> None:
                 param, f"no file `{name[:100]}` in this project", "send it first, then name it by its id"
             ) from None
         if file.status == "error":
-            raise _bad_file(param, f"`{file.id}` cannot be trained on", "its report says why")
+            why = str((file.report or {}).get("message") or "its report says why")
+            raise _bad_file(param, f"`{file.id}` cannot be trained on: {why}", "mend the file and send it again")
 
 
 def _bad_file(param: str, message: str, hint: str) -> DataError:
