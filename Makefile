@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-EXTRAS := fast,parquet,zstd,hf,torch,trl,gguf,tensorboard,wandb,server,dev
+EXTRAS := fast,parquet,zstd,hf,torch,trl,mlx,gguf,tensorboard,wandb,server,dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # More arguments for the one install of torch, for instance an index that has the build for this machine.
 TORCH_ARGS ?=

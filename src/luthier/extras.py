@@ -15,6 +15,7 @@ EXTRAS = {
     "zstd": ("zstandard",),
     "hf": ("datasets",),
     "gguf": ("gguf",),
+    "mlx": ("mlx", "mlx_lm"),
     "tensorboard": ("tensorboard",),
     "server": ("fastapi", "uvicorn", "sqlalchemy", "alembic", "prometheus_client", "python_multipart", "psycopg"),
     "torch": ("torch", "transformers", "bitsandbytes"),

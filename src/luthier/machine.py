@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class Machine:
     cores: int
     memory_bytes: int
     available_bytes: int
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda", "metal"]
     device_name: str
     device_memory_bytes: int
     device_free_bytes: int
@@ -52,10 +53,12 @@ class _Gpu:
     capability: float
 
 
-def find_machine(root: Path = Path("/")) -> Machine:
-    """This machine; `root` holds `proc` and `sys`."""
+def find_machine(root: Path = Path("/"), *, engine: str = "torch") -> Machine:
+    """This machine as an engine uses it; `root` holds `proc` and `sys`."""
     cores, (total, available) = _cores(root), _memory(root)
-    gpus = _find_gpus(total, available)
+    if engine == "mlx" and is_apple_silicon():
+        return _find_metal(cores, total)
+    gpus = [] if engine == "mlx" else _find_gpus(total, available)
     if gpus and not _has_cpu_torch():
         least = min(gpus, key=lambda each: each.free_bytes)
         return Machine(
@@ -82,6 +85,39 @@ def find_machine(root: Path = Path("/")) -> Machine:
         has_bf16=bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}),
         key=_plain(f"cpu-{name}-{cores}"),
     )
+
+
+def is_apple_silicon() -> bool:
+    """Whether this is a Mac whose processor and accelerator share their memory."""
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+def _find_metal(cores: int, total: int) -> Machine:
+    """An Apple machine: one memory for both, of which Metal takes two thirds, or three quarters of 36 GiB and more."""
+    name = _ask_kernel("machdep.cpu.brand_string") or "Apple silicon"
+    room = total * 3 // 4 if total >= 36 << 30 else total * 2 // 3
+    return Machine(
+        cores=cores,
+        memory_bytes=total,
+        available_bytes=room,
+        device="metal",
+        device_name=name,
+        device_memory_bytes=total,
+        device_free_bytes=room,
+        has_bf16=True,
+        key=_plain(f"metal-{name}-{total >> 30}"),
+    )
+
+
+def _ask_kernel(key: str) -> str:
+    command = shutil.which("sysctl")
+    if command is None:
+        return ""
+    try:
+        done = subprocess.run([command, "-n", key], capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
 
 
 def _plain(name: str) -> str:

@@ -36,7 +36,7 @@ from tests.unit.training.works import (
     with_faults,
 )
 
-ENGINES = ("torch", "trl")
+ENGINES = ("torch", "trl", "mlx")
 
 
 def params_of(engines: Iterable[str]) -> list[Any]:

@@ -19,7 +19,7 @@ from luthier.training.losses import cross_entropy, dpo
 from tests.unit.engines.tiny import VOCAB, apart, assert_near, draw_items, every_place, imitation, make_plan, save_shape
 
 pytestmark = pytest.mark.torch  # the tiny models are made with it, whatever the engine
-NEEDS = {"torch": "torch"}
+NEEDS = {"torch": "torch", "mlx": "mlx_lm"}
 ITEMS = draw_items(12, 17, 5, 9)
 PARAMS = StepParams(1e-2)
 Build = Callable[..., Any]

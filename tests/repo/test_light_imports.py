@@ -90,8 +90,10 @@ def facts():
 import luthier
 before = facts()
 names = ["luthier", *(each.name for each in pkgutil.walk_packages(luthier.__path__, "luthier."))]
+# Tests below are theirs.
+HEAVY = "luthier.engines.torch.", "luthier.engines.mlx.", "luthier.training.trl.", "luthier.server."
 for name in names:
-    if not name.startswith(("luthier.engines.torch.", "luthier.training.trl.", "luthier.server.")):  # heavy
+    if not name.startswith(HEAVY):
         importlib.import_module(name)
 after = facts()
 changed = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
@@ -99,7 +101,7 @@ print(json.dumps({"names": names, "changed": changed, "modules": sorted(sys.modu
 """
 
 
-_NOT_HEAVY = 'if not name.startswith(("luthier.engines.torch.", "luthier.training.trl.", "luthier.server."))'
+_NOT_HEAVY = "if not name.startswith(HEAVY)"
 # A server is heavier than a command; its modules do no work all the same.
 IMPORT_SERVER = IMPORT_ALL.replace(
     "import luthier\n", "import alembic, fastapi, prometheus_client, sqlalchemy, uvicorn\nimport luthier\n", 1
@@ -108,6 +110,9 @@ IMPORT_SERVER = IMPORT_ALL.replace(
 IMPORT_ENGINE = IMPORT_ALL.replace(
     "import luthier\n", "import safetensors.torch, torch, transformers.modeling_utils\nimport luthier\n", 1
 ).replace(_NOT_HEAVY, 'if name.startswith("luthier.engines.torch.")')
+IMPORT_MLX = IMPORT_ALL.replace("import luthier\n", "import mlx.nn, mlx_lm, transformers\nimport luthier\n", 1).replace(
+    _NOT_HEAVY, 'if name.startswith("luthier.engines.mlx.")'
+)
 
 
 def _imported(script: str, folder: Path) -> dict[str, Any]:
@@ -160,5 +165,14 @@ def test_command_line_and_spec_need_no_arrays(tmp_path: Path) -> None:
 def test_importing_the_torch_engine_does_no_work(tmp_path: Path) -> None:
     found = _imported(IMPORT_ENGINE, tmp_path)
     assert {"luthier.engines.torch.engine", "luthier.engines.torch.loading"} <= set(found["modules"])
+    assert found["changed"] == {}
+    assert [path.name for path in (tmp_path / "import").rglob("*")] == ["work"]
+
+
+@pytest.mark.slow
+def test_importing_the_mlx_engine_does_no_work(tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    found = _imported(IMPORT_MLX, tmp_path)
+    assert {"luthier.engines.mlx.engine", "luthier.engines.mlx.loading"} <= set(found["modules"])
     assert found["changed"] == {}
     assert [path.name for path in (tmp_path / "import").rglob("*")] == ["work"]

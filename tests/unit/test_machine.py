@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from luthier import machine
 from luthier.machine import Machine, find_machine
 
 GIB = 1 << 30
@@ -144,3 +145,23 @@ def test_an_accelerator_that_shares_the_machines_memory(root: Path, monkeypatch:
 def test_an_old_accelerator_has_no_bf16(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_gpus(root, monkeypatch, script="#!/bin/sh\necho '0, GPU-d, Tesla T4, 15360, 15000, 7.5'\n")
     assert not find_machine(root).has_bf16
+
+
+def test_a_mac_has_one_memory_of_which_metal_takes_a_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As far as it can be told without one: its processor, its memory and no NVIDIA tools."""
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    monkeypatch.setattr(machine.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(machine, "_ask_kernel", lambda key: "Apple M4 Max")
+    for gib, room in ((16, 16 * 2 / 3), (24, 16), (36, 27), (128, 96)):
+        monkeypatch.setattr(machine, "_physical_bytes", lambda gib=gib: gib << 30)
+        found = find_machine(tmp_path, engine="mlx")
+        assert (found.device, found.device_name, found.precision) == ("metal", "Apple M4 Max", "bf16")
+        assert found.device_free_bytes >> 20 == int(room * 1024)
+        assert found.key == f"metal-Apple-M4-Max-{gib}"
+    assert find_machine(tmp_path).device == "cpu"
+
+
+def test_mlx_on_another_machine_takes_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    monkeypatch.setattr(machine, "_find_gpus", lambda *_: pytest.fail("asked for accelerators that mlx does not use"))
+    assert find_machine(engine="mlx").device == "cpu"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from luthier.adapters.certificate import Certificate, Claim, hash_files
 from luthier.adapters.start import open_start, read_precision
 from luthier.data.prompts import read_prompts
 from luthier.data.tokens import ModelText
-from luthier.engines.registry import load_prober
+from luthier.engines.registry import choose_kind, load_prober
 from luthier.engines.verbs import Ints, Logits, Prober
 from luthier.errors import CheckpointError, MissingPathError, ModelError, UnsupportedError
 from luthier.machine import find_machine
@@ -26,9 +27,8 @@ from luthier.runs.home import luthier_home
 from luthier.runs.layout import FINAL_MODEL, MERGED_MODEL, PROBE
 from luthier.runs.lineage import base_facts, is_same_base, list_versions
 from luthier.runs.manifest import read_manifest
-from luthier.runs.resolve import AdapterRef, ResolvedModel, find_resolved
+from luthier.runs.resolve import AdapterRef, ResolvedModel, find_resolved, ref_of_run
 from luthier.runs.run import Run
-from luthier.spec.method import QloraMethod
 from luthier.training.probe import PLACES, Probe, read_probe, read_text_facts, render_chats
 from luthier.weights.peft import read_adapter
 from luthier.weights.tensors import read_model_shape
@@ -97,9 +97,7 @@ class _Subject:
     @property
     def ref(self) -> AdapterRef:
         """The run's adapter."""
-        method = self.run.spec.method
-        is_nf4 = isinstance(method, QloraMethod)
-        return AdapterRef(self.final, is_nf4, method.double_quant if isinstance(method, QloraMethod) else True)
+        return ref_of_run(self.run, self.final)
 
     @property
     def is_quantised(self) -> bool:
@@ -108,7 +106,8 @@ class _Subject:
 
     def load(self, resolved: ResolvedModel, over: AdapterRef | None = None) -> Prober:
         """A model read from disk, in the run's own precision."""
-        return load_prober(resolved, luthier_home(), precision=self.precision, device=self.device, over=over)
+        kind = self.run.spec.engine.kind
+        return load_prober(resolved, luthier_home(), precision=self.precision, device=self.device, over=over, kind=kind)
 
 
 def gather_claims(order: Order) -> Certificate:
@@ -168,7 +167,7 @@ def _check_surroundings(run: Run, final: Path, claims: _Claims) -> _Subject | No
         probe = read_probe(run.folder / PROBE)
     if probe is None or not is_same:
         return None
-    return _Subject(run, final, base, probe, find_machine().device)
+    return _Subject(run, final, base, probe, find_machine(engine=run.spec.engine.kind).device)
 
 
 def _check_seal(folder: Path, claims: _Claims) -> None:
@@ -368,6 +367,42 @@ def _check_answers(subject: _Subject, prompts: _Prompts, claims: _Claims, merged
     claims.add(
         "it says what the live model said (log-probabilities)", str(near), limit, not is_judged or allowed.holds(near)
     )
+
+
+# -- adapters from elsewhere -----------------------------------------------------------------------------------------
+
+
+def claim_merge(resolved: ResolvedModel, merged: Path, artefact: str) -> Certificate:
+    """A model merged from adapters that no run of ours trained, held against base and adapters as they lie on disk.
+
+    There is no live model to hold it against: that the adapter is what was trained is nobody's word here.
+    """
+    started = time.monotonic()
+    claims, kind = _Claims(artefact), choose_kind(resolved)
+    machine = find_machine(engine=kind)
+    load = partial(load_prober, home=luthier_home(), precision=machine.precision, device=machine.device, kind=kind)
+    with open_start(resolved, nf4=True, precision=machine.precision, beside=merged.parent) as start:
+        _add_sums(claims, check_sums(merged, start))
+    prompts = [each for each in read_text_facts(merged, None).chats if len(each)]
+    prober = load(replace(resolved, adapters=resolved.adapters[:-1]))
+    before = prober.logits(prompts, PLACES)
+    left = prober.adapt(resolved.adapters[-1].path)
+    claims.add("every tensor of the adapter has its place in the model", _listed(left) or "all", "all", not left)
+    after = prober.logits(prompts, PLACES)
+    del prober
+    gc.collect()
+    found = load(ResolvedModel(merged, name=artefact)).logits(prompts, PLACES)
+    dtype = _coarser(machine.precision, read_precision(merged) or machine.precision)
+    allowed, apart = _allowed(dtype, after), _distance(found, after)
+    claims.add("it says what base + adapter say (logits)", str(apart), f"{allowed} ({dtype})", allowed.holds(apart))
+    _add_moved(
+        claims, "the adapter is in it: it differs from the base", _distance(found, before), apart, "base + adapter"
+    )
+    facts: dict[str, Any] = {"made": utc_now().isoformat(timespec="seconds"), "precision": machine.precision}
+    facts |= {"device": machine.device}
+    facts |= {"seconds": round(time.monotonic() - started, 2), "versions": list_versions()}
+    files = {name.partition("/")[2]: digest for name, digest in hash_files(merged, artefact).items()}
+    return Certificate(artefact, tuple(claims.made), files, facts)
 
 
 # -- distances -------------------------------------------------------------------------------------------------------

@@ -8,18 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from luthier.adapters.certificate import CERTIFICATE, Certificate, check_certificate, write_certificate
-from luthier.adapters.claims import Order
+from luthier.adapters.claims import Order, claim_merge
 from luthier.adapters.export import Certified, check_allowed, find_final
 from luthier.adapters.fresh import certify_in_fresh_process
 from luthier.adapters.merge import MergeFacts, merge_adapter
 from luthier.adapters.start import open_start
 from luthier.data.prompts import read_prompts
+from luthier.engines.registry import choose_kind
 from luthier.engines.surroundings import release_memory
 from luthier.errors import CallError, ProofError
-from luthier.runs.layout import FINAL_MODEL, MERGED_MODEL
+from luthier.machine import find_machine
+from luthier.runs.layout import CONFIG, FINAL_MODEL, MERGED_MODEL
 from luthier.runs.manifest import find_facts
-from luthier.runs.resolve import ResolvedModel, find_resolved
+from luthier.runs.resolve import ADAPTER_CONFIG, ResolvedModel, find_resolved
 from luthier.runs.run import Run
+from luthier.weights.tensors import find_mlx_bits, read_config
 
 Stop = Callable[[], bool]
 
@@ -77,6 +80,8 @@ def merge_run(run: Run, out: Path | None, options: MergeOptions) -> Merged:
     own = run.folder / MERGED_MODEL
     folder = out or own
     resolved = _check_mergeable(run, folder, options)
+    if find_mlx_bits(read_config(resolved.folder)) is not None:
+        options = replace(options, nf4=True)  # there are no other values than those that training saw
     check_allowed(run, options.certified, f"merge: {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     release_memory()
@@ -105,6 +110,54 @@ def merge_run(run: Run, out: Path | None, options: MergeOptions) -> Merged:
     if made and folder == own:
         write_certificate(run.folder / CERTIFICATE, made[0])
     return Merged(folder, facts, made[0] if made else None)
+
+
+def merge_outside(model: str, out: Path | None, options: MergeOptions) -> Merged:
+    """Merge an adapter that no run of ours trained, of PEFT's or of mlx_lm's, into the base that its own file names.
+
+    Its certificate says that the model at `out` is base + adapter, and nothing of how the adapter was trained.
+    """
+    if out is None:
+        raise CallError(f"{model}: an adapter of no run: say where its merged model goes", hint="-o DIR")
+    if out.exists():
+        raise CallError(f"{out}: already there", hint="name a folder that does not exist yet: -o DIR")
+    resolved = find_resolved(model, with_weights=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made: list[Certificate] = []
+
+    def finish(draft: Path) -> None:
+        if options.certified is None:
+            return
+        certificate = claim_merge(resolved, draft, out.name)
+        if not certificate.is_valid:
+            first = certificate.broken[0]
+            raise ProofError(
+                f"the merged model is not base + adapter: {first.claim}: found {first.found}, allowed {first.allowed}",
+                hint="--dtype fp32 keeps what a coarser type rounds away",
+                details=certificate.as_dict(),
+            )
+        made.append(certificate)
+        write_certificate(draft / CERTIFICATE, certificate)
+
+    beside = {"beside": out.parent, "should_stop": options.should_stop}
+    precision = find_machine(engine=choose_kind(resolved)).precision
+    with open_start(resolved, nf4=True, precision=precision, **beside) as start:  # type: ignore[arg-type]
+        facts = merge_adapter(
+            start.folder,
+            start.adapters,
+            out,
+            dtype=options.dtype or start.dtype,
+            should_stop=options.should_stop,
+            dequantise=start.dequantise,
+            finish=finish,
+        )
+    return Merged(out, facts, made[0] if made else None)
+
+
+def is_outside(model: str) -> bool:
+    """Whether a name is the folder of an adapter that lies in no run of ours."""
+    folder = Path(model)
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder.resolve().parent / CONFIG).is_file()
 
 
 def _check_mergeable(run: Run, folder: Path, options: MergeOptions) -> ResolvedModel:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import MissingExtraError, UnsupportedError
 from luthier.extras import import_extra, list_missing
+from luthier.weights.tensors import find_mlx_bits, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,12 +18,17 @@ if TYPE_CHECKING:
     from luthier.engines.verbs import Decoder, Logits, Prober, Sampler
     from luthier.runs.resolve import AdapterRef, ResolvedModel
 
-ENGINES = {"torch": "luthier.engines.torch.engine", "trl": "luthier.training.trl.start"}
+ENGINES = {
+    "torch": "luthier.engines.torch.engine",
+    "trl": "luthier.training.trl.start",
+    "mlx": "luthier.engines.mlx.engine",
+}
 # Engines that train whole jobs, not verb by verb: what does so lives beside the loop.
 JOBS = {"trl": "luthier.training.trl.job"}
-SAMPLERS = {"torch": "luthier.engines.torch.sampling"}
-PROBERS = {"torch": "luthier.engines.torch.probing"}
+SAMPLERS = {"torch": "luthier.engines.torch.sampling", "mlx": "luthier.engines.mlx.sampling"}
+PROBERS = {"torch": "luthier.engines.torch.probing", "mlx": "luthier.engines.mlx.probing"}
 DECODERS = {"torch": "luthier.engines.torch.decoding"}
+PACKAGES = {"torch": ("torch",), "trl": ("torch",), "mlx": ("mlx.core", "mlx_lm")}
 # Only some methods need it.
 _FOR_SOME = ("bitsandbytes",)
 _IMPORTS = "imports of the engines"
@@ -54,7 +61,52 @@ def find_engine(kind: str) -> Any:
     """The `build` function of an engine that `check_engine` lets pass."""
     check_engine(kind)
     wait_for_imports()
+    import_packages(kind)
     return importlib.import_module(ENGINES[kind]).build
+
+
+def import_packages(kind: str) -> None:
+    """The packages of an engine; MissingExtraError where they are not installed, or this machine cannot run them."""
+    for package in PACKAGES[kind]:
+        try:
+            import_extra(package, kind)
+        except MissingExtraError:
+            raise
+        except (ImportError, OSError, ValueError) as error:
+            raise MissingExtraError(
+                f"`{package}` is installed, and this machine cannot run it: {str(error).splitlines()[0]}",
+                hint=f"run: pip install 'luthier[{kind}]'"
+                + (" (it needs Apple silicon with macOS 14 or later, or Linux)" if kind == "mlx" else ""),
+            ) from None
+
+
+def is_installed(kind: str) -> bool:
+    """Whether the packages of an engine are there; none is imported."""
+    return all(importlib.util.find_spec(package.partition(".")[0]) is not None for package in PACKAGES[kind])
+
+
+def choose_kind(resolved: ResolvedModel, over: AdapterRef | None = None) -> str:
+    """The engine that reads a model: the one whose quantised values are in it, else what trained it, else what is here.
+
+    Every engine reads every adapter; only values that one has quantised are known to it alone.
+    """
+    from luthier.runs.resolve import find_run
+
+    refs = [*resolved.adapters, *([over] if over else [])]
+    quantisers: list[str] = sorted({ref.engine for ref in refs if ref.quantised})
+    if len(quantisers) > 1:
+        raise UnsupportedError(
+            f"adapters over values that {' and '.join(quantisers)} quantised lie over each other here",
+            hint="merge the first one, and name its merged model as the base of the second",
+        )
+    if quantisers:
+        return quantisers[0]
+    if (config := resolved.folder / "config.json").is_file() and find_mlx_bits(read_config(config.parent)) is not None:
+        return "mlx"
+    run = None if refs else find_run(resolved)
+    made = refs[-1].engine if refs else run.spec.engine.kind if run else "torch"
+    wanted = "mlx" if made == "mlx" else "torch"
+    return next((kind for kind in (wanted, "torch", "mlx") if is_installed(kind)), wanted)
 
 
 def import_in_background() -> None:
@@ -79,10 +131,11 @@ def wait_for_imports() -> None:
             thread.join()
 
 
-def load_sampler(resolved: ResolvedModel, home: Path, kind: str = "torch") -> Sampler:
+def load_sampler(resolved: ResolvedModel, home: Path, kind: str | None = None) -> Sampler:
     """A model loaded to answer with, where the engine's packages are installed."""
     wait_for_imports()
-    import_extra(kind, kind)
+    kind = kind or choose_kind(resolved)
+    import_packages(kind)
     sampler: Sampler = importlib.import_module(SAMPLERS[kind]).build_sampler(resolved, home)
     return sampler
 
@@ -96,23 +149,43 @@ def load_decoder(resolved: ResolvedModel, home: Path, *, over: AdapterRef | None
 
 
 def load_prober(
-    resolved: ResolvedModel, home: Path, *, precision: str, device: str, over: AdapterRef | None = None
+    resolved: ResolvedModel,
+    home: Path,
+    *,
+    precision: str,
+    device: str,
+    over: AdapterRef | None = None,
+    kind: str | None = None,
 ) -> Prober:
-    """A model read from disk again; any engine's result is read by the one that reads all of them."""
+    """A model read from disk again, by the engine `kind` that trained it where it is one that can."""
     wait_for_imports()
-    import_extra("torch", "torch")
-    build = importlib.import_module(PROBERS["torch"]).build_prober
+    kind = kind if kind in PROBERS else choose_kind(resolved, over)
+    import_packages(kind)
+    build = importlib.import_module(PROBERS[kind]).build_prober
     prober: Prober = build(resolved, home, precision=precision, device=device, over=over)
     return prober
 
 
+def load_mlx_writer(name: str) -> Callable[..., None]:
+    """`write_quantised` and `write_dequantised` of mlx_lm's quantiser, where it is installed."""
+    wait_for_imports()
+    import_packages("mlx")
+    write: Callable[..., None] = getattr(importlib.import_module("luthier.engines.mlx.loading"), name)
+    return write
+
+
 def load_dequantise(
-    folder: Path, *, precision: str, double_quant: bool, device: str
+    folder: Path, ref: AdapterRef, *, precision: str, device: str
 ) -> Callable[[str, Logits], Logits | None]:
-    """The values that QLoRA trained against: each linear layer's weights through NF4, by tensor name."""
-    import_extra("torch", "torch")
+    """The values that QLoRA trained against, by tensor name: NF4's, or those of mlx_lm's quantiser."""
+    import_packages(ref.engine)
+    if ref.engine == "mlx":
+        by_mlx: Callable[[str, Logits], Logits | None] = importlib.import_module(
+            "luthier.engines.mlx.loading"
+        ).build_dequantise(folder, precision=precision, bits=ref.bits)
+        return by_mlx
     build = importlib.import_module("luthier.engines.torch.nf4").build_dequantise
     found: Callable[[str, Logits], Logits | None] = build(
-        folder, precision=precision, double=double_quant, device=device
+        folder, precision=precision, double=ref.double_quant, device=device
     )
     return found

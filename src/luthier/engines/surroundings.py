@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import resource
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 _NO_MMAP, _NO_TRIM = (-4, 0), (-1, 2**31 - 1)
 
@@ -38,6 +40,16 @@ def release_memory() -> None:
     gc.collect()
     if (torch := sys.modules.get("torch")) and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    if mlx := sys.modules.get("mlx.core"):
+        mlx.clear_cache()
     if sys.platform.startswith("linux"):
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_of_this_process() -> int:
+    """The most memory this process has held; Linux keeps it for it alone, elsewhere what a parent held may count."""
+    with suppress(OSError, StopIteration), Path("/proc/self/status").open() as lines:
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

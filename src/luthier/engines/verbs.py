@@ -104,6 +104,26 @@ class Batch:
         return Batch(tokens, whole, np.zeros((1, 2), np.int64), moved, self.targets[chosen], count, keys, self.step)
 
 
+def batch_of(sequences: Sequence[Sequence[int]], counted: Sequence[Bools] | None) -> Batch:
+    """Sequences in which every token but the first is asked for, or those of them that are counted."""
+    ends = np.cumsum([0, *(len(sequence) for sequence in sequences)])
+    tokens = np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences])
+    segments = np.stack([ends[:-1], ends[1:]], 1)
+    is_first = np.isin(np.arange(len(tokens)), ends[:-1])
+    is_asked = ~is_first if counted is None else ~is_first & np.concatenate(counted)
+    places = np.flatnonzero(is_asked)
+    offsets = np.concatenate([[0], np.cumsum(is_asked)])[ends]
+    return Batch(
+        tokens,
+        segments,
+        np.zeros_like(segments),
+        places - 1,
+        tokens[places],
+        offsets,
+        np.zeros(len(sequences), np.int64),
+    )
+
+
 @dataclass(frozen=True)
 class Computed:
     """What a pass over a batch gives back; `hits` tells which targets were the likeliest token, where known."""

@@ -34,11 +34,16 @@ _MOST_RUNS = 16
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """An adapter on disk; `quantised` says that it was trained over a base held in NF4, and how."""
+    """An adapter on disk; `quantised` says that it was trained over quantised values, and how: `torch` takes NF4, `mlx`
+    so many bits by mlx_lm's quantiser.
+    """
 
     path: Path
     quantised: bool = False
     double_quant: bool = True
+    engine: str = "torch"
+    """Whose values those are; else what trained it."""
+    bits: int = 4
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def resolve_start(resolved: ResolvedModel) -> ResolvedModel:
             hint="name the other model: --against MODEL",
         )
     facts = read_object(resolved.adapters[-1].path / ADAPTER_CONFIG)
-    return find_resolved(str(facts["base_model_name_or_path"]), facts.get("revision"), with_weights=True)
+    return find_resolved(str(_named_base(facts)), facts.get("revision"), with_weights=True)
 
 
 def _resolve(base: str, wanted: _Wanted) -> ResolvedModel:
@@ -187,19 +192,27 @@ def _over_base_of_run(run: Run, adapter: Path, wanted: _Wanted) -> ResolvedModel
     below = _resolve(run.spec.model.base, inner)
     if wanted.with_weights:
         _check_same_base(run, below)
-    method = run.spec.method
-    of_nf4 = {"quantised": True, "double_quant": method.double_quant} if isinstance(method, QloraMethod) else {}
-    ref = AdapterRef(adapter, **of_nf4)
+    ref = ref_of_run(run, adapter)
     return replace(below, adapters=(*below.adapters, ref), name=run.model_id, parent=run.id)
+
+
+def ref_of_run(run: Run, adapter: Path) -> AdapterRef:
+    """An adapter of a run, with the values that the run trained it over."""
+    method = run.spec.method
+    engine = "mlx" if run.spec.engine.kind == "mlx" else "torch"
+    if not isinstance(method, QloraMethod):
+        return AdapterRef(adapter, engine=engine)
+    return AdapterRef(adapter, True, method.double_quant, engine, method.bits)
 
 
 def _over_named_base(adapter: Path, wanted: _Wanted, name: str) -> ResolvedModel:
     """An adapter from elsewhere, over the base that its own file names."""
     facts = read_object(adapter / ADAPTER_CONFIG)
-    base = facts.get("base_model_name_or_path")
+    base = _named_base(facts)
     if not isinstance(base, str) or not base:
         raise ModelError(
-            f"{adapter}: {ADAPTER_CONFIG} names no base model", hint="`base_model_name_or_path` is missing"
+            f"{adapter}: {ADAPTER_CONFIG} names no base model",
+            hint="`base_model_name_or_path` is missing, or `model` of an adapter of mlx_lm",
         )
     if Path(base).expanduser().resolve() == adapter.resolve() or name in wanted.runs:
         raise ModelError(f"{adapter}: {ADAPTER_CONFIG} names the adapter itself as its base model")
@@ -210,7 +223,17 @@ def _over_named_base(adapter: Path, wanted: _Wanted, name: str) -> ResolvedModel
         base,
         replace(wanted, revision=revision if isinstance(revision, str) else None, runs=(*wanted.runs, name)),
     )
-    return replace(below, adapters=(*below.adapters, AdapterRef(adapter)), name=name)
+    ref = AdapterRef(adapter, engine="mlx" if _is_of_mlx(facts) else "torch")
+    return replace(below, adapters=(*below.adapters, ref), name=name)
+
+
+def _named_base(facts: dict[str, Any]) -> Any:
+    """The base that an adapter's file names, as PEFT writes it or as mlx_lm does."""
+    return facts.get("model") if _is_of_mlx(facts) else facts.get("base_model_name_or_path")
+
+
+def _is_of_mlx(facts: dict[str, Any]) -> bool:
+    return "lora_parameters" in facts and "peft_type" not in facts
 
 
 def _check_seal(folder: Path, wanted: _Wanted) -> None:

@@ -52,10 +52,12 @@ class LoraMethod(AdapterKeys):
 
 
 class QloraMethod(AdapterKeys):
-    """A low-rank adapter over a base held in 4-bit NF4."""
+    """A low-rank adapter over a quantised base: NF4 on engine `torch`, mlx_lm's own quantiser on `mlx`."""
 
     kind: Literal["qlora"]
-    """Train a low-rank adapter over a base quantised to 4 bits."""
+    """Train a low-rank adapter over a quantised base."""
+    bits: Literal[4, 8] = 4
+    """Bits of each weight of the base; 8 is of engine `mlx`."""
     double_quant: bool = True
     """Quantise the quantisation constants too, which saves about 0.4 bits a weight."""
 

@@ -11,7 +11,7 @@ from luthier.spec.compute import Compute
 from luthier.spec.data import Data
 from luthier.spec.engine import Engine
 from luthier.spec.evaluate import Evaluate
-from luthier.spec.method import AutoMethod, Method
+from luthier.spec.method import AutoMethod, Method, QloraMethod
 from luthier.spec.model import Model
 from luthier.spec.objective import DpoObjective, Objective, SftObjective
 from luthier.spec.optim import Optim
@@ -95,7 +95,21 @@ def _beyond_engine(spec: RunSpec) -> list[tuple[str, str]]:
         found.append(("method.kind", f'engine `tinker` trains LoRA only, found "{method}"'))
     if kind in ("mlx", "tinker") and spec.compute.processes > 1:
         found.append(("compute.processes", f"engine `{kind}` runs in one process"))
-    return found + (_beyond_trl(spec) if kind == "trl" else [])
+    if kind != "mlx" and isinstance(spec.method, QloraMethod) and spec.method.bits != 4:
+        found.append(("method.bits", f"engine `{kind}` holds a base in 4-bit NF4; 8 bits are of engine `mlx`"))
+    beyond = {"trl": _beyond_trl, "mlx": _beyond_mlx}.get(kind)
+    return found + (beyond(spec) if beyond else [])
+
+
+def _beyond_mlx(spec: RunSpec) -> list[tuple[str, str]]:
+    """What the `mlx` engine does not have."""
+    found = []
+    if spec.optim.kind not in ("adamw", "adam"):
+        found.append(("optim.kind", f'engine `mlx` has "adamw" and "adam", found "{spec.optim.kind}"'))
+    if spec.compute.precision == "fp16" or spec.compute.parallelism.fp16:
+        key = "precision" if spec.compute.precision == "fp16" else "parallelism.fp16"
+        found.append((f"compute.{key}", "engine `mlx` does not scale the loss, as fp16 would need"))
+    return found
 
 
 def _beyond_trl(spec: RunSpec) -> list[tuple[str, str]]:

@@ -15,15 +15,17 @@ from luthier.weights.tensors import ModelShape
 
 MEMORY_FILE = "memory.json"
 SPEED_FILE = "speed.json"
-_LIBRARY_BYTES = {"cpu": 450_000_000, "cuda": 1_000_000_000}
+_LIBRARY_BYTES = {"cpu": 450_000_000, "cuda": 1_000_000_000, "metal": 500_000_000}
 _QUANTISER_BYTES = 150_000_000
-_LOGIT_ROWS = {"cpu": 512, "cuda": 4096}
+_LOGIT_ROWS = {"cpu": 512, "cuda": 4096, "metal": 4096}
 _NUMBER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MOMENT_BYTES = {"adamw": 8, "adam": 8, "adamw_8bit": 2, "adafactor": 0}
 # Operations a second that a whole run reaches: half of what products alone do on the machines measured.
 _CORE_FLOPS = {"fp32": 5e10, "bf16": 2e11, "fp16": 2e10}
 _CUDA_FLOPS = 4e14
-_LAYER_SECONDS = {"cpu": 2e-3, "cuda": 3e-4}
+# Of a processor with MLX's own products, one core, and of a Mac's accelerator, a cautious guess until one is measured.
+_MLX_FLOPS = {"cpu": 3e9, "metal": 4e12}
+_LAYER_SECONDS = {"cpu": 2e-3, "cuda": 3e-4, "metal": 3e-4}
 _START_SECONDS = 8.0
 _CORRECTIONS = (0.25, 4.0)
 
@@ -48,13 +50,16 @@ class Layout:
     method: Literal["full", "lora", "qlora"]
     precision: str
     optimizer: str
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda", "metal"]
     tokens: int
     """Tokens that one process computes at once."""
     recompute: bool = False
     keeps_dequantised: bool = False
     double_quant: bool = True
     processes: int = 1
+    mlx_bits: int | None = None
+    """Bits of a base that mlx_lm's quantiser holds, the embeddings among it."""
+    engine: str = "torch"
 
 
 def estimate_memory(model: ModelShape, trainable: Trainable, layout: Layout) -> dict[str, int]:
@@ -80,6 +85,9 @@ def _is_packed(layout: Layout) -> bool:
 
 
 def _base_bytes(model: ModelShape, layout: Layout, number: int) -> float:
+    if layout.mlx_bits is not None:
+        # A scale and an offset of 16 bits for each 64 weights.
+        return model.total_parameters * (layout.mlx_bits + 0.5) / 8
     if not _is_packed(layout):
         return model.total_parameters * number
     linear = sum(out * into for out, into in model.linears.values())
@@ -105,7 +113,7 @@ def _overhead_bytes(model: ModelShape, trainable: Trainable, layout: Layout) -> 
     """Libraries, the copy that a checkpoint is written from, and room to unpack one layer."""
     copied = 0 if layout.method == "full" else 12 * trainable.total
     unpacked = 2 * max((out * into for out, into in model.linears.values()), default=0) if _is_packed(layout) else 0
-    quantiser = _QUANTISER_BYTES if layout.method == "qlora" else 0
+    quantiser = _QUANTISER_BYTES if layout.method == "qlora" and layout.engine != "mlx" else 0
     return _LIBRARY_BYTES[layout.device] + quantiser + copied + unpacked
 
 
@@ -125,6 +133,8 @@ def estimate_seconds(model: ModelShape, layout: Layout, work: Work, cores: int) 
     operations = size * (factor * work.train_tokens + 2 * work.forward_tokens)
     is_cuda = layout.device == "cuda"
     speed = _CUDA_FLOPS * layout.processes if is_cuda else _CORE_FLOPS[layout.precision] * cores
+    if layout.engine == "mlx":
+        speed = _MLX_FLOPS["metal" if layout.device == "metal" else "cpu"]
     calls = work.micro_batches * model.layers * _LAYER_SECONDS[layout.device] / (layout.processes if is_cuda else 1)
     return _START_SECONDS + operations / speed + calls
 

@@ -46,7 +46,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PAIRS = ("dpo", "simpo", "orpo")
 _WARMUP_RATIO = 0.03
-_MOST_TOKENS = {"cpu": 4096, "cuda": 16384}
+_MOST_TOKENS = {"cpu": 4096, "cuda": 16384, "metal": 8192}
 # A choice of ours leaves this share of the memory alone; what the person fixed may take all of it.
 _USED_SHARE = 0.9
 _COMFORTABLE_SHARE = 0.5
@@ -55,7 +55,8 @@ GIB = 1 << 30
 
 def plan_run(spec: RunSpec, prepared: Prepared, model_folder: Path, home: Path) -> RunPlan:
     """The plan of a run on this machine, with what earlier runs taught."""
-    return build_plan(spec, prepared, _read_model(spec, model_folder), find_machine(), home)
+    machine = find_machine(engine=spec.engine.kind)
+    return build_plan(spec, prepared, _read_model(spec, model_folder), machine, home)
 
 
 def _read_model(spec: RunSpec, folder: Path) -> ModelShape:
@@ -72,6 +73,7 @@ def build_plan(
 ) -> RunPlan:
     """The spec with nothing left to decide; PlanError when the run cannot fit the machine."""
     draft = _Draft(absolute_paths(spec, Path.cwd()), [], model, machine, home)
+    _check_quantised(draft)
     _check_devices(draft)
     compute, noted = settle_parallelism(draft.spec, machine)
     draft.spec = draft.spec.model_copy(update={"compute": compute})
@@ -176,6 +178,30 @@ def _measure(spec: RunSpec, prepared: Prepared) -> _Sizes:
     )
 
 
+def _check_quantised(draft: _Draft) -> None:
+    """A base that mlx_lm has quantised already is trained as it is, by the engine that reads it."""
+    bits, spec = draft.model.mlx_bits, draft.spec
+    if bits is None:
+        return
+    name = f"{spec.model.base}: its weights are quantised by mlx_lm to {bits} bits"
+    if spec.engine.kind != "mlx":
+        raise UnsupportedError(
+            f"{name}, which engine `{spec.engine.kind}` does not read",
+            hint='name the original model, or set engine.kind = "mlx"',
+        )
+    if isinstance(spec.method, FullMethod | LoraMethod):
+        raise SpecError(
+            f'{name}, and method.kind = "{spec.method.kind}" wants the full ones', hint='set method.kind = "qlora"'
+        )
+    keys = spec.method.model_dump(exclude={"kind", "bits", "double_quant"})
+    method = QloraMethod(kind="qlora", bits=8 if bits == 8 else 4, **keys)
+    if method.bits != bits:
+        raise UnsupportedError(f"{name}; 4 and 8 are known here", hint="convert it again: mlx_lm.convert --q-bits 4")
+    draft.spec = spec.model_copy(update={"method": method})
+    if not isinstance(spec.method, QloraMethod) or spec.method.bits != bits:
+        draft.decisions.append(Decision("method.bits", bits, "as the base is quantised"))
+
+
 def _check_devices(draft: _Draft) -> None:
     asked, machine = draft.spec.compute.processes, draft.machine
     compute = draft.spec.compute
@@ -227,6 +253,9 @@ def _decide_method(draft: _Draft, sizes: _Sizes) -> None:
         draft.spec = draft.spec.model_copy(update={"method": chosen})
         draft.decisions.append(Decision("method.kind", chosen.kind, reason))
     method = draft.spec.method
+    if isinstance(method, QloraMethod) and method.double_quant and draft.spec.engine.kind == "mlx":
+        draft.decide("method.double_quant", False, "mlx_lm's quantiser keeps its scales in 16 bits")
+        method = draft.spec.method
     if isinstance(method, AdapterKeys) and method.targets == "auto":
         targets = draft.model.targets
         if not targets:
@@ -332,9 +361,10 @@ def _layouts(draft: _Draft, sizes: _Sizes) -> Iterator[tuple[Layout, Memory]]:
         tokens = [sizes.at_once(compute.micro_batch_tokens)]
     else:
         tokens = list(dict.fromkeys(sizes.at_once(budget) for budget in _budgets(draft, sizes)))
+    is_mlx = draft.spec.engine.kind == "mlx"
     correction = 1.0 if draft.home is None else read_correction(draft.home, draft.key_for(method.kind))
     for recompute in {"auto": (False, True), "always": (True,), "never": (False,)}[compute.recompute]:
-        for keeps in (True, False) if method.kind == "qlora" and draft.spec.engine.kind != "trl" else (False,):
+        for keeps in _ways_to_keep(draft):
             for count in tokens:
                 layout = Layout(
                     method=method.kind,
@@ -346,12 +376,22 @@ def _layouts(draft: _Draft, sizes: _Sizes) -> Iterator[tuple[Layout, Memory]]:
                     keeps_dequantised=keeps,
                     double_quant=method.double_quant if isinstance(method, QloraMethod) else True,
                     processes=compute.processes,
+                    mlx_bits=method.bits if is_mlx and not keeps and isinstance(method, QloraMethod) else None,
+                    engine=draft.spec.engine.kind,
                 )
                 items = estimate_memory(draft.model, trainable, layout)
                 yield (
                     layout,
                     Memory(items, draft.machine.device_free_bytes, draft.machine.device_name, correction),
                 )
+
+
+def _ways_to_keep(draft: _Draft) -> tuple[bool, ...]:
+    """Whether a quantised base may be held in full width; mlx_lm's is so on a CPU, and never on an accelerator."""
+    if draft.spec.method.kind != "qlora":
+        return (False,)
+    by_engine = {"mlx": (draft.machine.device == "cpu",), "trl": (False,)}
+    return by_engine.get(draft.spec.engine.kind, (True, False))
 
 
 def _smallest(draft: _Draft, sizes: _Sizes) -> Memory:

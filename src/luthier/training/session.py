@@ -205,6 +205,8 @@ def _load_engine(work: Work, watch: Watch) -> Trainee:
     engine: Trainee = build(work.plan, work.resolved, work.home, packed=work.packed)
     facts = engine.facts
     watch(events.EngineLoaded(time.monotonic() - started, facts.is_packed, facts.trainable_parameters, facts.precision))
+    for note in facts.notes:
+        watch(events.Warned("engine", note))
     if work.packed and facts.packs and not facts.is_packed:
         watch(
             events.Warned(

@@ -18,6 +18,7 @@ from luthier.weights.shards import Floats, Piece, read_tensor_file, write_tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+MLX_WEIGHTS = "adapters.safetensors"
 _PREFIX = "base_model.model."
 _SIDES = {".lora_A.weight": ".lora_A", ".lora_B.weight": ".lora_B"}
 # Keys that say nothing about what the adapter computes.
@@ -112,7 +113,11 @@ def _render_config(config: AdapterConfig) -> dict[str, Any]:
 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Floats]]:
-    """An adapter of ours or of PEFT's, every tensor as fp32 under our names."""
+    """An adapter of ours, of PEFT's or of mlx_lm's, every tensor as fp32 under our names."""
+    if not (folder / WEIGHTS).is_file() and (folder / MLX_WEIGHTS).is_file():
+        from luthier.weights.mlx import read_mlx_adapter
+
+        return read_mlx_adapter(folder)
     raw = _read_config(folder)
     path = _find_weights(folder)
     _check_supported(folder / CONFIG, raw)

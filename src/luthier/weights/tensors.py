@@ -57,6 +57,8 @@ class ModelShape:
     embedding_parameters: int
     linears: Mapping[str, tuple[int, int]]
     """Linear layers of the decoder by module path, as (out, in); neither head nor experts."""
+    mlx_bits: int | None = None
+    """Bits of each weight where mlx_lm's quantiser holds them; the sizes here are those of the full weights."""
     expert_parameters: int = 0
     """Weights of mixture-of-experts layers, which are no linear layers and take no adapter."""
     expert_names: tuple[str, ...] = ()
@@ -201,7 +203,11 @@ def read_model_shape(folder: Path) -> ModelShape:
 
 def build_model_shape(shapes: Mapping[str, TensorInfo], config: Mapping[str, Any], *, name: str) -> ModelShape:
     """Size and layers of a model, from its tensors and its config."""
-    _refuse_quantised(shapes, config, name)
+    mlx_bits = find_mlx_bits(config)
+    if mlx_bits is not None:
+        shapes = unpack_shapes(shapes, config)
+    else:
+        _refuse_quantised(shapes, config, name)
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     ours = {key: info for key, info in shapes.items() if "F" in info.dtype and not _OTHER_TOWER.search(key)}
     embedding = next((info for key, info in ours.items() if _EMBEDDINGS.search(key)), None)
@@ -230,12 +236,35 @@ def build_model_shape(shapes: Mapping[str, TensorInfo], config: Mapping[str, Any
         total_parameters=sum(info.size for info in counted.values()),
         embedding_parameters=embedding.size if embedding else 0,
         linears=linears,
+        mlx_bits=mlx_bits,
         expert_parameters=sum(counted[key].size for key in expert_names),
         expert_names=tuple(expert_names),
         experts=_number(text, "num_experts", "num_local_experts", "n_routed_experts") or 0,
         experts_per_token=_number(text, "num_experts_per_tok", "experts_per_token") or 0,
         modules=_modules(ours, is_tied, vocab * hidden),
     )
+
+
+def find_mlx_bits(config: Mapping[str, Any]) -> int | None:
+    """Bits of each weight of a model that mlx_lm has quantised; None where it is none."""
+    how = config.get("quantization")
+    bits = how.get("bits") if isinstance(how, dict) else None
+    return bits if isinstance(bits, int) else None
+
+
+def unpack_shapes(shapes: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """The tensors of a model that mlx_lm has quantised, as they were before."""
+    how = config["quantization"]
+    found = {}
+    for key, info in shapes.items():
+        module, _, part = key.rpartition(".")
+        if f"{module}.scales" not in shapes:
+            found[key] = info
+        elif part == "weight":
+            own = how.get(module)
+            bits = own["bits"] if isinstance(own, dict) else how["bits"]
+            found[key] = TensorInfo(shapes[f"{module}.scales"].dtype, (*info.shape[:-1], info.shape[-1] * 32 // bits))
+    return found
 
 
 def _refuse_quantised(shapes: Mapping[str, TensorInfo], config: Mapping[str, Any], name: str) -> None:

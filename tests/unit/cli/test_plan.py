@@ -64,7 +64,7 @@ def test_the_plan_as_json(rows: str, capsys: Captured) -> None:
 
 def test_what_does_not_fit_is_an_error(rows: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     small = replace(find_machine(), device="cpu", device_free_bytes=1 << 20)
-    monkeypatch.setattr("luthier.training.planner.find_machine", lambda: small)
+    monkeypatch.setattr("luthier.training.planner.find_machine", lambda **_: small)
     assert main(["plan", "--model", "practice", "--data", rows, "--method", "lora", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "plan_does_not_fit"
 

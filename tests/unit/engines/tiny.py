@@ -67,6 +67,22 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
     },
 }
+PICTURES: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {**SIZES, **_CAPPED, "sliding_window": 64},
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+        "image_token_index": 5,
+    }
+}
+"""Models that read pictures too, of which the text part is trained."""
 OLDER: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 3, "n_head": 4},
     "gptj": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "rotary_dim": 8, "n_positions": 128},
@@ -82,7 +98,7 @@ def save_shape(folder: Path, kind: str, *, dtype: str = "float32", seed: int = 0
     import transformers
 
     known = {**SHAPES, **EXPERTS, **HYBRIDS, **OLDER}
-    asked = {**SIZES, **known.get(kind, {}), **settings}
+    asked = PICTURES[kind] if kind in PICTURES else {**SIZES, **known.get(kind, {}), **settings}
     config = transformers.AutoConfig.for_model(kind, **{key: each for key, each in asked.items() if each is not None})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)

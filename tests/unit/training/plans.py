@@ -37,6 +37,8 @@ GPU = replace(
     device_count=1,
 )
 
+METAL = replace(CPU, device="metal", device_name="Apple M4", device_free_bytes=16 * GIB, key="metal-apple-m4")
+
 
 def with_free(machine: Machine, gib: float) -> Machine:
     """The machine with so much of its device free."""

@@ -18,7 +18,7 @@ from luthier.training import planner
 from luthier.training.memory import remember_correction, remember_speed
 from luthier.training.planner import build_plan, count_trainable, plan_run
 from luthier.weights.tensors import TensorInfo
-from tests.unit.training.plans import CPU, GIB, GPU, llama, make_spec, with_free, write_prepared
+from tests.unit.training.plans import CPU, GIB, GPU, METAL, llama, make_spec, with_free, write_prepared
 
 MODEL = llama()
 TARGETS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -103,6 +103,7 @@ def test_auto_is_qlora_when_a_key_of_an_adapter_is_set(build: Build) -> None:
         "last_layers": 2,
         "also_train": [],
         "double_quant": True,
+        "bits": 4,
     }
     assert "last_layers, rank" in reasons(plan)["method.kind"]
 
@@ -319,3 +320,34 @@ def test_a_hub_model_is_planned_without_its_weights(
     plan = plan_run(make_spec(LORA), prepared, folder, tmp_path)
     assert asked == [("org/name", "ab" * 20)]
     assert plan.trainable_parameters == 16 * 12
+
+
+def test_a_mac_s_memory_is_one_and_its_base_is_packed_there_alone(build: Build) -> None:
+    """mlx_lm's quantiser: embeddings too, a scale and an offset of 16 bits for each 64 weights."""
+    tables = {"engine": {"kind": "mlx"}}
+    size = MODEL.total_parameters
+    for bits in (4, 8):
+        plan = build({"kind": "qlora", "bits": bits}, METAL, **tables)
+        adapter = 4 * plan.trainable_parameters
+        assert plan.memory.items["weights"] == round(size * (bits + 0.5) / 8) + adapter
+        assert (plan.device, plan.keeps_dequantised) == ("metal", False)
+        assert plan.spec.compute.micro_batch_tokens == 8192
+        assert not plan.spec.method.double_quant
+        assert "16 bits" in reasons(plan)["method.double_quant"]
+    plain = build({"kind": "qlora"}, CPU, **tables)
+    assert plain.keeps_dequantised
+    assert plain.memory.items["weights"] == 2 * size + 4 * plain.trainable_parameters
+
+
+def test_a_base_that_mlx_lm_quantised_is_of_its_engine_and_of_its_bits(prepared: Prepared) -> None:
+    model, mlx = replace(MODEL, mlx_bits=8), {"engine": {"kind": "mlx"}}
+    plan = build_plan(make_spec(None, **mlx), prepared, model, METAL)
+    assert (plan.spec.method.kind, plan.spec.method.bits) == ("qlora", 8)
+    assert reasons(plan)["method.bits"] == "as the base is quantised"
+    with pytest.raises(UnsupportedError, match="quantised by mlx_lm to 8 bits"):
+        build_plan(make_spec(None), prepared, model, CPU)
+    for kind in ("lora", "full"):
+        with pytest.raises(SpecError, match="wants the full ones"):
+            build_plan(make_spec({"kind": kind}, **mlx), prepared, model, METAL)
+    with pytest.raises(UnsupportedError, match="4 and 8"):
+        build_plan(make_spec(None, **mlx), prepared, replace(MODEL, mlx_bits=3), METAL)

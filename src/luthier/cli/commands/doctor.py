@@ -28,6 +28,7 @@ _SHOWN = (
     "peft",
     "trl",
     "mlx",
+    "mlx-lm",
     "tinker",
     "ray",
 )

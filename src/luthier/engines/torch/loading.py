@@ -91,6 +91,7 @@ def load_as_start(
     apply_adapters(model, resolved, home)
     loaded.is_packed = holds_when_packed(loaded)
     if over is not None and over.quantised:
+        _check_own(over)
         _quantise(model, over.double_quant, resolved, home, kept=True)
     _prepare_modules(loaded, recompute=False)
     return loaded
@@ -151,9 +152,18 @@ def apply_adapters(model: Any, resolved: ResolvedModel, home: Path) -> None:
     """Add adapters to the weights in order, each to the values it was trained over: those of NF4 for a QLoRA run."""
     for number, ref in enumerate(resolved.adapters):
         if ref.quantised:
+            _check_own(ref)
             below = replace(resolved, adapters=resolved.adapters[:number])
             _quantise(model, ref.double_quant, below, home, kept=True)
         _apply_adapter(model, ref.path)
+
+
+def _check_own(ref: AdapterRef) -> None:
+    if ref.engine != "torch":
+        raise UnsupportedError(
+            f"{ref.path}: was trained over values of mlx_lm's quantiser, which engine `torch` does not have",
+            hint="`luthier merge` it, and name the merged model as the base",
+        )
 
 
 def _apply_adapter(model: Any, folder: Path) -> None:

@@ -14,13 +14,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from luthier.data.hashes import mix
+from luthier.engines.drawing import dropout_starts, dropped_below, first_values, site_of
 from luthier.errors import UnsupportedError
 from luthier.spec.method import AdapterKeys
 from luthier.weights.tensors import is_adaptable, is_in_last_layers, is_named, is_of_experts, layer_number
 
 _FLOAT = torch.float32
-# Words of random numbers set aside for each token: eight inputs a word, for up to a million inputs.
-_TOKEN_STRIDE = 1 << 17
 
 Numbers = npt.NDArray[Any]
 
@@ -37,11 +36,7 @@ class Dropout:
     def start(self, rows: list[tuple[int, int]]) -> None:
         """Drop in the passes that follow; `rows` are (key of the row and step, tokens) in the order of the batch."""
         if self.share > 0:
-            keys = mix(np.array([key for key, _ in rows], np.uint64), self.seed)
-            lengths = [tokens for _, tokens in rows]
-            places = np.concatenate([np.arange(tokens, dtype=np.uint64) for tokens in lengths])
-            starts: Numbers = np.repeat(keys, lengths) + places * np.uint64(_TOKEN_STRIDE)
-            self._starts = starts
+            self._starts = dropout_starts(rows, self.seed)
 
     def stop(self) -> None:
         """Drop nothing, as in evaluation and sampling."""
@@ -53,9 +48,8 @@ class Dropout:
             return None
         width = like.shape[-1]
         words: Numbers = self._starts[:, None] + np.arange(-(-width // 8), dtype=np.uint64)
-        # A byte is enough to tell whether an input stays: the share is rounded to 1/256, and made up for exactly.
         drawn = torch.from_numpy(mix(words, site).view(np.uint8)[:, :width]).to(like.device)
-        limit = min(255, round(self.share * 256))
+        limit = dropped_below(self.share)
         return drawn.ge(limit).to(like.dtype).mul_(256 / (256 - limit))
 
 
@@ -103,10 +97,10 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=_FLOAT, device=device))
         self.scale, self.dropout, self.site = scale, dropout, site
 
-    def start(self, seed: int) -> None:
-        """The adapter's first values: uniform A as PEFT has it, zero B; a function of seed and site."""
+    def start(self, seed: int, name: str) -> None:
+        """The adapter's first values: uniform A as PEFT has it, zero B; a function of seed and name."""
         with torch.no_grad():
-            self.lora_A.copy_(draw_start(*self.lora_A.shape, site=self.site, seed=seed))
+            self.lora_A.copy_(torch.from_numpy(first_values(seed, name, *self.lora_A.shape)))
             self.lora_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,13 +118,6 @@ class LoraLinear(nn.Module):
         update = (self.lora_B @ self.lora_A) * self.scale
         base = self.base_weight()
         return (base.to(_FLOAT) + update).to(base.dtype)
-
-
-def draw_start(rank: int, width: int, *, site: int, seed: int) -> Tensor:
-    """The first values of an adapter's A: a function of its shape, its place among the targets, and the seed."""
-    generator = torch.Generator().manual_seed(int(mix(np.array([site], np.uint64), seed)[0] >> 1))
-    bound = 1 / math.sqrt(width)
-    return torch.empty(rank, width, dtype=_FLOAT).uniform_(-bound, bound, generator=generator)
 
 
 class _Plain:
@@ -229,11 +216,11 @@ def adapt(model: Any, method: AdapterKeys, seed: int) -> dict[str, LoraLinear]:
     scale = method.alpha / (math.sqrt(method.rank) if method.rslora else method.rank)
     dropout = Dropout(method.dropout, seed)
     layers: dict[str, LoraLinear] = {}
-    for site, name in enumerate(find_targets(model, method)):
+    for name in find_targets(model, method):
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear | FrozenLinear)
-        layer = LoraLinear(base, method.rank, scale, dropout, site)
-        layer.start(seed)
+        layer = LoraLinear(base, method.rank, scale, dropout, site_of(name))
+        layer.start(seed, name)
         replace_module(model, name, layer)
         layers[name] = layer
     return layers

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import sys
-from contextlib import suppress
-from pathlib import Path
-
 import torch
 
+from luthier.engines.surroundings import peak_of_this_process
 from luthier.engines.verbs import OutOfMemory
 
 _CPU_OUT_OF_MEMORY = "can't allocate memory"
@@ -34,8 +30,4 @@ def find_peak_bytes(device: torch.device) -> int:
     """The most this process has held: of the device, or of the machine's memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Linux keeps it for the process alone; elsewhere what a parent held may count.
-    with suppress(OSError, StopIteration), Path("/proc/self/status").open() as lines:
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_of_this_process()

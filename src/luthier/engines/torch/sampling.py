@@ -13,7 +13,7 @@ import torch
 
 from luthier.data.pack import lay_out_step
 from luthier.engines.torch.loading import Loaded, holds_when_packed, load_for_sampling, own_attention, run_base
-from luthier.engines.verbs import Batch, Bools, SampleParams, Tick
+from luthier.engines.verbs import Bools, SampleParams, Tick, batch_of
 from luthier.machine import find_machine
 from luthier.runs.resolve import ResolvedModel
 
@@ -54,7 +54,7 @@ class TorchSampler:
         found = dict[int, float]()
         for chosen in lay_out_step([len(sequence) for sequence in sequences], budget):
             masks = [counted[number] for number in chosen] if counted is not None else None
-            batch = _batch_of([sequences[number] for number in chosen], masks)
+            batch = batch_of([sequences[number] for number in chosen], masks)
             hidden = run_base(self._loaded, batch)[torch.from_numpy(batch.sources).to(self._loaded.device)]
             targets = torch.from_numpy(batch.targets).to(self._loaded.device)
             logprobs = self._loaded.head.score(hidden, targets, with_hits=False)[0].double().cpu().numpy()
@@ -80,26 +80,6 @@ class _Listener:
 
     def end(self) -> None:
         """Nothing more comes."""
-
-
-def _batch_of(sequences: Sequence[Sequence[int]], counted: Sequence[Bools] | None) -> Batch:
-    """Sequences in which every token but the first is asked for, or those of them that are counted."""
-    ends = np.cumsum([0, *(len(sequence) for sequence in sequences)])
-    tokens = np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences])
-    segments = np.stack([ends[:-1], ends[1:]], 1)
-    is_first = np.isin(np.arange(len(tokens)), ends[:-1])
-    is_asked = ~is_first if counted is None else ~is_first & np.concatenate(counted)
-    places = np.flatnonzero(is_asked)
-    offsets = np.concatenate([[0], np.cumsum(is_asked)])[ends]
-    return Batch(
-        tokens,
-        segments,
-        np.zeros_like(segments),
-        places - 1,
-        tokens[places],
-        offsets,
-        np.zeros(len(sequences), np.int64),
-    )
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from luthier.engines.drawing import first_values
 from luthier.engines.torch.head import find_head
 from luthier.engines.torch.loading import (
     DTYPES,
@@ -22,7 +23,7 @@ from luthier.engines.torch.loading import (
     read_model,
     still_dropout,
 )
-from luthier.engines.torch.lora import draw_start, find_targets, replace_module
+from luthier.engines.torch.lora import find_targets, replace_module
 from luthier.engines.torch.nf4 import Nf4Weight, quantiser, read_weights
 from luthier.errors import UnsupportedError
 from luthier.runs.resolve import ResolvedModel
@@ -159,9 +160,9 @@ def start_adapters(trained: Mapping[str, nn.Parameter], targets: tuple[str, ...]
     """The first values that every engine starts from, in fp32: TRL rounds those of a 4-bit model to bf16."""
     for each in trained.values():
         each.data = each.data.float()
-    for site, target in enumerate(targets):
+    for target in targets:
         down = trained[f"{target}.lora_A"]
-        down.copy_(draw_start(*down.shape, site=site, seed=seed))
+        down.copy_(torch.from_numpy(first_values(seed, target, *down.shape)))
         trained[f"{target}.lora_B"].zero_()
 
 

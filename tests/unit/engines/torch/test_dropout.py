@@ -109,7 +109,7 @@ def test_the_product_and_its_gradients_are_those_of_dropout_on_the_input_of_a() 
     base = torch.nn.Linear(24, 36)
     dropout = Dropout(0.25, seed=1)
     layer = LoraLinear(base, 4, 0.5, dropout, site=2)
-    layer.start(0)
+    layer.start(0, "layer")
     with torch.no_grad():
         layer.lora_B.normal_()
     dropout.start([(9, 6), (10, 4)])
