@@ -311,7 +311,7 @@ def write_spec(folder: Path, changes: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("engine", params_of(["trl"]))  # `mlx` has one process
 def test_two_processes_are_one(engine: str, nursery: Nursery, tmp_path: Path) -> None:
     """Also where the last step has fewer rows than there are processes."""
     changes = on(engine, LORA | {"optim.steps": 0, "rows.train": 5, "method.dropout": 0.0})

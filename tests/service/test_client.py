@@ -27,6 +27,8 @@ from tests.service.process import ROOT, Server, run, running
 from tests.serving import MODEL, serve
 
 _ENTRY = "from luthier.cli.main import entry; entry()"
+# A shell that starts tests in the background has them ignore Ctrl-C, and their children with them.
+_LISTENING = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {_ENTRY}"
 ROOM = {"slots": 1, "processors": 4, "memory_bytes": 1 << 40, "devices": 0}
 ROWS = [chat_row(f"copy {number}", f"{number}") for number in range(24)]
 
@@ -132,7 +134,7 @@ def test_who_stops_looking_leaves_the_job_alone(server: Server, tmp_path: Path) 
     job = submit(server, tmp_path)
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "LUTHIER_SERVER": server.url, "LUTHIER_API_KEY": server.key}
     child = subprocess.Popen(
-        [sys.executable, "-P", "-c", _ENTRY, "jobs", "follow", job],
+        [sys.executable, "-P", "-c", _LISTENING, "jobs", "follow", job],
         stderr=subprocess.PIPE,
         text=True,
         env=env,

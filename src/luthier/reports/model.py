@@ -178,8 +178,17 @@ class Report:
         for name, table in tables.items():
             if name in ("about", "output"):
                 continue
-            found |= {f"{name}.{key}": value for key, value in table.items()} if isinstance(table, dict) else {}
+            found |= _by_path(name, table) if isinstance(table, dict) else {}
         return {"seed": self.spec.seed, **found}
+
+
+def _by_path(name: str, table: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a table and of those inside it, by their dotted paths."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        path = f"{name}.{key}"
+        found |= _by_path(path, value) if isinstance(value, dict) else {path: value}
+    return found
 
 
 def read_report(run: Run) -> Report:

@@ -79,7 +79,8 @@ def test_torch_and_trl_do_the_same(objective: str, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     made = {"sft": {"method.kind": "qlora"}, "dpo": {"objective.kind": "dpo", "optim.learning_rate": 1e-3}}
     told: list[str] = []
-    found = prove_engines(maker(tmp_path, {**SMALL, **made[objective]}), None, steps=3, tell=told.append)
+    make = maker(tmp_path, {**SMALL, **made[objective]})
+    found = prove_engines(make, ["torch", "trl"], steps=3, tell=told.append)
     assert told == ["3 steps on torch", "3 steps on trl"]
     assert found.holds
     assert found.steps == 3
@@ -113,5 +114,18 @@ def test_an_engine_that_trains_other_tokens_is_found_out(tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 def test_an_engine_that_cannot_train_the_spec_is_left_out(tmp_path: Path) -> None:
+    make = maker(tmp_path, {**SMALL, "objective.kind": "orpo"})
     with pytest.raises(ProofError, match=r"1 could be asked \(trl: cannot train this spec: `objective.kind` is beyond"):
-        prove_engines(maker(tmp_path, {**SMALL, "objective.kind": "orpo"}), None, steps=1, tell=lambda _: None)
+        prove_engines(make, ["torch", "trl"], steps=1, tell=lambda _: None)
+    make = maker(tmp_path, {**SMALL, "method.kind": "qlora"})
+    with pytest.raises(ProofError, match=r"1 could be asked \(mlx: holds a base in 4 bits of its own"):
+        prove_engines(make, ["torch", "mlx"], steps=1, tell=lambda _: None)
+
+
+@pytest.mark.slow
+def test_torch_and_mlx_do_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    found = prove_engines(maker(tmp_path, SMALL), ["torch", "mlx"], steps=2, tell=lambda _: None)
+    (other,) = found.others
+    assert 0 < other.difference < 1e-4
+    assert found.holds

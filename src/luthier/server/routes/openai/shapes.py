@@ -162,7 +162,7 @@ def describe_report(file: StoredFile) -> str | None:
     if file.status != "error":
         return None
     report = file.report or {}
-    first = [f"line {each['line']}: {each['message']}" for each in list(report.get("problems") or [])[:5]]
+    first = [f"line {each.get('line')}: {each.get('message')}" for each in list(report.get("problems") or [])[:5]]
     return "; ".join([str(report.get("message") or "the file cannot be used"), *first])
 
 
