@@ -27,5 +27,5 @@ class Compute(Part):
     """Accelerators asked of a server, for each node."""
     nodes: int | None = Field(None, ge=1)
     """Machines asked of a server."""
-    parallelism: Parallelism = Parallelism()
+    parallelism: Parallelism = Field(default_factory=Parallelism)
     """Settings of trainers on many devices; see `[compute.parallelism]`."""
