@@ -44,7 +44,7 @@ FOLDERS = {
     "src/luthier/testing/practice/": "The practice model that is shipped: a real one, small, made by a script.",
     "recipes/": "Run specs that are shipped, each with a promise.",
     "examples/": "Rows for the demo, the guides and first steps.",
-    "tests/": "`unit/` mirrors the source; `contract/`, `golden/`, `runs/`, `service/`, `clients/`; `repo/` about the repository itself.",
+    "tests/": "`unit/` mirrors the source; `contract/`, `runs/`, `service/`, `clients/`; `repo/` about the repository.",
     "benchmarks/": "Comparisons with other systems, one command each.",
     "docs/": "Tour, guides, decisions, glossary, and the generated reference.",
     "scripts/": "What makes the practice model, the demo data and these pages.",

@@ -96,17 +96,7 @@ def merge_run(run: Run, out: Path | None, options: MergeOptions) -> Merged:
         if folder != own:
             write_certificate(draft / CERTIFICATE, _standing_alone(made[0], folder.name))
 
-    beside = {"beside": folder.parent, "should_stop": options.should_stop}
-    with open_start(resolved, nf4=options.nf4, precision=run.spec.compute.precision, **beside) as start:  # type: ignore[arg-type]
-        facts = merge_adapter(
-            start.folder,
-            start.adapters,
-            folder,
-            dtype=options.dtype or start.dtype,
-            should_stop=options.should_stop,
-            dequantise=start.dequantise,
-            finish=finish,
-        )
+    facts = _merge(resolved, folder, options, run.spec.compute.precision, finish)
     if made and folder == own:
         write_certificate(run.folder / CERTIFICATE, made[0])
     return Merged(folder, facts, made[0] if made else None)
@@ -139,19 +129,28 @@ def merge_outside(model: str, out: Path | None, options: MergeOptions) -> Merged
         made.append(certificate)
         write_certificate(draft / CERTIFICATE, certificate)
 
-    beside = {"beside": out.parent, "should_stop": options.should_stop}
     precision = find_machine(engine=choose_kind(resolved)).precision
-    with open_start(resolved, nf4=True, precision=precision, **beside) as start:  # type: ignore[arg-type]
-        facts = merge_adapter(
+    facts = _merge(resolved, out, replace(options, nf4=True), precision, finish)
+    return Merged(out, facts, made[0] if made else None)
+
+
+def _merge(
+    resolved: ResolvedModel, out: Path, options: MergeOptions, precision: str, finish: Callable[[Path], None]
+) -> MergeFacts:
+    """Merge into a draft of `out`, which `finish` looks at before it appears."""
+    should_stop = options.should_stop
+    with open_start(
+        resolved, nf4=options.nf4, precision=precision, beside=out.parent, should_stop=should_stop
+    ) as start:
+        return merge_adapter(
             start.folder,
             start.adapters,
             out,
             dtype=options.dtype or start.dtype,
-            should_stop=options.should_stop,
+            should_stop=should_stop,
             dequantise=start.dequantise,
             finish=finish,
         )
-    return Merged(out, facts, made[0] if made else None)
 
 
 def is_outside(model: str) -> bool:
