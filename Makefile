@@ -18,7 +18,7 @@ CLIENTS ?= $(HOME)/.cache/luthier/clients
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo genrm test test-fast test-clients check lint fix golden docs docs-check constraints bench-data bench-train-cpu bench-service soak
+.PHONY: help setup demo genrm crafter test test-fast test-clients check lint fix golden docs docs-check constraints bench-data bench-train-cpu bench-service soak
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ demo: setup  ## the main job on the practice model: check data, show what is tra
 
 genrm: setup  ## a judge of answers on the practice model, from raw rows to certificate; ENGINE=mlx for that engine
 	@PATH="$(abspath $(BIN)):$$PATH" bash examples/genrm/run.sh $(ENGINE)
+
+crafter: setup  ## the Crafter example: an expert plays, a model learns from it, and held-out games say how well
+	@PATH="$(abspath $(BIN)):$$PATH" bash scripts/crafter.sh
 
 test: setup lint  ## everything: linters, types, layers, generated docs, then all tests
 	@$(PYTEST) $(ARGS)
