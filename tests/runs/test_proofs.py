@@ -51,3 +51,15 @@ def test_invariance_is_proved(nursery: Nursery, write_spec: MakeSpec, tmp_path: 
         for key in ("loss", "grad_norm")
     ]
     assert max(said.values()) < 1e-4
+
+
+@pytest.mark.slow
+def test_invariance_leaves_two_processes_out_where_an_engine_has_one(
+    nursery: Nursery, write_spec: MakeSpec, tmp_path: Path
+) -> None:
+    pytest.importorskip("mlx_lm")
+    spec = write_spec(tmp_path, {**SMALL, "engine.kind": "mlx"})
+    child = nursery.start("prove", "invariance", spec, folder=tmp_path).ends(0)
+    assert "engine `mlx` runs in one process, so two are left out" in child.out + child.err
+    assert "packed = unpacked" in child.out
+    assert "2 processes: " not in child.out

@@ -19,6 +19,9 @@ from luthier.spec.output import Output
 from luthier.spec.parallelism import find_parallel_contradictions
 from luthier.spec.part import Part
 
+IN_ONE_PROCESS = ("mlx", "tinker")
+"""Engines that do not share a step over processes."""
+
 
 class RunSpec(Part):
     """One fine-tuning run, from raw rows to a verified model."""
@@ -93,7 +96,7 @@ def _beyond_engine(spec: RunSpec) -> list[tuple[str, str]]:
     found = []
     if kind == "tinker" and method in ("full", "qlora"):
         found.append(("method.kind", f'engine `tinker` trains LoRA only, found "{method}"'))
-    if kind in ("mlx", "tinker") and spec.compute.processes > 1:
+    if kind in IN_ONE_PROCESS and spec.compute.processes > 1:
         found.append(("compute.processes", f"engine `{kind}` runs in one process"))
     if kind != "mlx" and isinstance(spec.method, QloraMethod) and spec.method.bits != 4:
         found.append(("method.bits", f"engine `{kind}` holds a base in 4-bit NF4; 8 bits are of engine `mlx`"))

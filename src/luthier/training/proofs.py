@@ -17,6 +17,7 @@ from luthier.runs import events
 from luthier.runs.models import remove_model
 from luthier.runs.run import Run
 from luthier.spec.method import AdapterKeys
+from luthier.spec.run import IN_ONE_PROCESS
 from luthier.training.launch import run_processes
 from luthier.training.session import Work, train
 from luthier.training.signals import EXIT_CODES, StopFlag
@@ -88,21 +89,21 @@ def prove_invariance(make: MakeWork, *, steps: int, tell: Tell) -> list[Compared
         single = _train(make({**base, "optim.micro_batch": 1}, folder / "single"))
         tell("every sequence alone, nothing packed")
         alone = _train(replace(make({**base, "optim.micro_batch": batch}, folder / "alone"), packed=False))
-        tell("2 processes")
-        two = make({**base, "compute.processes": 2}, folder / "two").run
-        code = run_processes(["-m", "luthier.cli.rank", str(two.folder), "--json"], 2, two.folder, quiet=True)
-        if code:
-            raise ProofError(f"the run of 2 processes ended with exit code {code}", hint="`luthier doctor` may say why")
-        found = [
-            compared
-            for name, run in (
-                (f"{batch} x 1 = 1 x {batch}", single),
-                ("packed = unpacked", alone),
-                ("1 = 2 processes", two),
-            )
-            for compared in _compare_steps(name, whole, run)
-        ]
+        ways = [(f"{batch} x 1 = 1 x {batch}", single), ("packed = unpacked", alone)]
+        if spec.engine.kind in IN_ONE_PROCESS:
+            tell(f"engine `{spec.engine.kind}` runs in one process, so two are left out")
+        else:
+            tell("2 processes")
+            ways.append(("1 = 2 processes", _train_in_two(make({**base, "compute.processes": 2}, folder / "two").run)))
+        found = [compared for name, run in ways for compared in _compare_steps(name, whole, run)]
     return _held(found, "invariance")
+
+
+def _train_in_two(run: Run) -> Run:
+    code = run_processes(["-m", "luthier.cli.rank", str(run.folder), "--json"], 2, run.folder, quiet=True)
+    if code:
+        raise ProofError(f"the run of 2 processes ended with exit code {code}", hint="`luthier doctor` may say why")
+    return run
 
 
 def train_until(work: Work, step: int) -> Run:
