@@ -7,6 +7,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+# Before anything imports numpy or torch: workers that each take every core wait for one another most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import HealthCheck, settings
 

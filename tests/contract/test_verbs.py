@@ -28,7 +28,7 @@ Build = Callable[..., Any]
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama, whose shape every engine knows."""
-    pytest.importorskip("torch").set_num_threads(1)
+    pytest.importorskip("torch")
     return save_shape(tmp_path_factory.mktemp("llama"), "llama")
 
 

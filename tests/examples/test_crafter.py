@@ -321,18 +321,7 @@ def test_rows_have_no_bad_one_among_them(rows: Path, capsys: Captured) -> None:
     assert written == account["train"] + account["valid"] == sum(account["actions"].values())
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """A model this small is no slower with one thread, and does not wait where other tests have the cores."""
-    torch = pytest.importorskip("torch")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.torch
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_from_rows_to_a_player_and_on_from_there(rows: Path, tmp_path: Path, capsys: Captured) -> None:
     full = _train(capsys, EXAMPLE / "crafter_fft.toml", rows, tmp_path / "runs")

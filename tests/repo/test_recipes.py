@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +67,6 @@ def test_a_demo_recipe_keeps_its_data_promise(
 # -- training ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """A model this small is no slower with one thread, and does not wait where other tests have the cores."""
-    torch = pytest.importorskip("torch")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def call(capsys: Captured, *arguments: str) -> Any:
     """What a command says in JSON; it must succeed."""
     capsys.readouterr()
@@ -99,7 +88,6 @@ def exact_match(capsys: Captured, root: Path, model: str) -> tuple[int, int]:
 
 
 @pytest.mark.torch
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains_on_the_practice_model(name: str, root: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -114,7 +102,6 @@ def test_a_recipe_trains_on_the_practice_model(name: str, root: Path, tmp_path: 
 
 
 @pytest.mark.torch
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["demo-full", "demo-lora", "demo-qlora"])
@@ -131,7 +118,6 @@ def test_an_sft_recipe_keeps_its_promise(name: str, root: Path, tmp_path: Path, 
 
 
 @pytest.mark.torch
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.slow
 def test_the_pretraining_recipe_keeps_its_promise(root: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -147,7 +133,6 @@ def test_the_pretraining_recipe_keeps_its_promise(root: Path, tmp_path: Path, ca
 
 
 @pytest.mark.torch
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.slow
 def test_the_dpo_recipe_keeps_its_promise(root: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -160,7 +145,6 @@ def test_the_dpo_recipe_keeps_its_promise(root: Path, tmp_path: Path, capsys: Ca
 
 
 @pytest.mark.torch
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.slow
 def test_dpo_after_sft_turns_a_chatty_model_into_a_strict_one(root: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,12 +24,3 @@ def shaped(tmp_path_factory: pytest.TempPathFactory) -> Shaped:
         return made[key]
 
     return find
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """More threads make products this small slower, and the tests beside them too."""
-    if importlib.util.find_spec("torch"):
-        import torch
-
-        torch.set_num_threads(1)

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import pytest
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    if importlib.util.find_spec("torch"):
-        import torch
-
-        torch.set_num_threads(1)
 
 
 @pytest.fixture
