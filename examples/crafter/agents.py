@@ -41,7 +41,10 @@ _BEYOND = 1_000_003
 class Agent(Protocol):
     """Plays many games at once, a step of each at a time."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the agent was called by."""
+        ...
 
     def choose(self, games: Sequence[Game]) -> list[str]:
         """The next action of each game."""

@@ -35,7 +35,7 @@ class Environment(crafter.Env):  # type: ignore[misc]
         self._player = objects.Player(world, (world.area[0] // 2, world.area[1] // 2))
         self._last_health = self._player.health
         world.add(self._player)
-        self._unlocked = set()
+        self._unlocked: set[str] = set()
         _generate(world, self._player)
 
     def picture(self) -> Picture:

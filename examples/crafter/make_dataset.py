@@ -25,6 +25,7 @@ HELD_OUT_SEED = 1_000_000
 _SHUFFLE = 7
 _SLIPS = ("noop", "do", "do", "sleep", "move_left", "move_right", "move_up", "move_down")
 _LONGEST_SLIP = 4
+_LEFT_OUT = ("steps_of_games_below_min_achievements", "steps_asleep", "steps_seen_before", "steps_thinned_out")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Step:
     number: int
     observation: str
     action: str
+    is_asleep: bool = False
+    """Whoever sleeps sleeps on whatever they answer, so there is nothing to learn."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def play_game(seed: int, length: int, noise: float) -> Trace:
     slips: list[str] = []
     while not game.is_over:
         observation, action = game.describe(), choose(game)
-        steps.append(Step(seed, len(steps), observation, action))
+        steps.append(Step(seed, len(steps), observation, action, game.is_asleep))
         if not slips and dice.random() < noise:
             slips = [dice.choice(_SLIPS)] * dice.randint(1, _LONGEST_SLIP)
         game.act(slips.pop() if slips else action)
@@ -120,27 +123,29 @@ def make_rows(traces: list[Trace], options: Options) -> tuple[dict[str, list[Ste
     """The steps of each side, and an account in which every step played is in one place."""
     good = [trace for trace in traces if len(trace.reached) >= options.min_achievements]
     held_out = part_games(range(options.games), options.valid_share)
-    played = [step for trace in good for step in trace.steps]
-    unique = drop_repeats(played)
+    steps = [step for trace in good for step in trace.steps]
+    awake = [step for step in steps if not step.is_asleep]
+    unique = drop_repeats(awake)
     kept = thin_out(unique, options.max_examples) if options.max_examples else unique
     sides = {
         "train": [step for step in kept if step.seed not in held_out],
         "valid": [step for step in kept if step.seed in held_out],
     }
-    account = {
+    account: dict[str, Any] = {
         "games": len(traces),
         "games_below_min_achievements": len(traces) - len(good),
         "mean_achievements_of_kept_games": sum(len(trace.reached) for trace in good) / max(1, len(good)),
         "steps": sum(len(trace.steps) for trace in traces),
-        "steps_of_games_below_min_achievements": sum(len(trace.steps) for trace in traces) - len(played),
-        "steps_seen_before": len(played) - len(unique),
+        "steps_of_games_below_min_achievements": sum(len(trace.steps) for trace in traces) - len(steps),
+        "steps_asleep": len(steps) - len(awake),
+        "steps_seen_before": len(awake) - len(unique),
         "steps_thinned_out": len(unique) - len(kept),
         "train": len(sides["train"]),
         "valid": len(sides["valid"]),
         "actions": dict(Counter(step.action for step in kept).most_common()),
         "actions_before_thinning": dict(Counter(step.action for step in unique).most_common()),
     }
-    places = ("steps_of_games_below_min_achievements", "steps_seen_before", "steps_thinned_out", "train", "valid")
+    places = (*_LEFT_OUT, "train", "valid")
     assert account["steps"] == sum(account[place] for place in places), "a step is in no place or in two"
     return sides, account
 
@@ -196,7 +201,7 @@ def render_account(account: dict[str, Any], out: Path) -> str:
     ]
     for name in ("train", "valid"):
         lines.append(f"  {name + '.jsonl':<44} {account[name]:>8,}")
-    for name in ("steps_of_games_below_min_achievements", "steps_seen_before", "steps_thinned_out"):
+    for name in _LEFT_OUT:
         lines.append(f"  {name.replace('_', ' '):<44} {account[name]:>8,}")
     lines.append(f"  every step is in one place                   {account['steps']:>8,}")
     lines.append("actions of the rows (as played)")

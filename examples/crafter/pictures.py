@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 from scores import Scores, short_names
-from world import Game
+from world import Game, Played
 
 from luthier.reports.drawing import Chart, Series, draw_file
 from luthier.reports.scale import linear_axis
@@ -22,7 +22,7 @@ _GIF_COLOURS = 24
 _FRAME_MILLISECONDS = 120
 
 
-def draw_game(game: Game, folder: Path, name: str) -> list[Path]:
+def draw_game(game: Played, folder: Path, name: str) -> list[Path]:
     """Play the game's actions once more, and write `NAME.png` and `NAME.gif`."""
     again = Game(game.seed, game.length)
     frames, moments = [_frame(again)], [(0, "start")]
@@ -31,7 +31,7 @@ def draw_game(game: Game, folder: Path, name: str) -> list[Path]:
         again.act(action)
         frames.append(_frame(again))
         moments += [(number, reached) for reached in again.reached[before:]]
-    if again.reached != game.reached:
+    if tuple(again.reached) != game.reached:
         raise RuntimeError("a game played again came out differently")
     folder.mkdir(parents=True, exist_ok=True)
     strip, animation = folder / f"{name}.png", folder / f"{name}.gif"

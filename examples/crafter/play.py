@@ -12,6 +12,9 @@ import sys
 import time
 import tomllib
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from agents import Agent, Dice, Expert, Local, build_endpoint
 from make_dataset import HELD_OUT_SEED
 from pictures import draw_curves, draw_game
 from prompts import Form
-from scores import Scores, render
+from scores import Scores, compare_all, render
 from world import Game
 
 from luthier.errors import CallError, LuthierError
@@ -50,7 +53,21 @@ def play(agent: Agent, seeds: Sequence[int], length: int, *, quiet: bool = False
         if not quiet and step % _TOLD_EVERY_STEPS == 0:
             reached = sum(len(game.reached) for game in games) / len(games)
             print(f"{agent.name}: step {step} of {length}, {reached:.2f} achievements a game", file=sys.stderr)
-    return Scores(agent.name, games, time.perf_counter() - started)
+    return Scores(agent.name, [game.played() for game in games], time.perf_counter() - started)
+
+
+def play_all(given: argparse.Namespace) -> list[Scores]:
+    """Every agent's games, some agents at once; the result does not depend on how many."""
+    if given.processes == 1 or len(given.agents) == 1:
+        return [play_named(name, given) for name in given.agents]
+    with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(partial(play_named, given=given), given.agents))
+
+
+def play_named(name: str, given: argparse.Namespace) -> Scores:
+    """The games of the agent of a name."""
+    seeds = range(given.first_seed, given.first_seed + given.games)
+    return play(build_agent(name, given), seeds, given.length, quiet=given.json)
 
 
 def build_agent(name: str, given: argparse.Namespace) -> Agent:
@@ -83,6 +100,7 @@ def read_call(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--pictures", type=Path, metavar="FOLDER", help="draw all agents' curves, and the best game of the last one"
     )
+    parser.add_argument("--processes", type=int, default=1, help="agents that play at once (%(default)s)")
     parser.add_argument("--at-least", type=float, help="exit with 1 where the last agent reaches fewer on average")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
@@ -96,8 +114,8 @@ def read_call(arguments: Sequence[str] | None) -> argparse.Namespace:
     given.agents = [*agents, *given.agents, *([given.model] if given.model else [])]
     if not given.agents:
         raise CallError("nobody plays", hint="name agents: play.py random practice RUN")
-    if given.games < 1 or given.length < 1:
-        raise CallError("a game at least, and a step at least", hint="--games 20 --length 200")
+    if min(given.games, given.length, given.processes) < 1:
+        raise CallError("a game at least, a step, and a process", hint="--games 20 --length 200 --processes 1")
     if given.first_seed < HELD_OUT_SEED:
         print(f"note: games before seed {HELD_OUT_SEED:,} may have been made into rows", file=sys.stderr)
     return given
@@ -127,13 +145,13 @@ def _read_config(path: Path) -> dict[str, Any]:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Play, and tell who reached what."""
     given = read_call(arguments)
-    seeds = range(given.first_seed, given.first_seed + given.games)
-    found = [play(build_agent(name, given), seeds, given.length, quiet=given.json) for name in given.agents]
+    found = play_all(given)
     told = {
         "games": given.games,
         "first_seed": given.first_seed,
         "length": given.length,
         "agents": [each.as_dict() for each in found],
+        "comparisons": [each.as_dict() for each in compare_all(found)],
     }
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +159,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if given.json:
         print(json.dumps(told))
     else:
-        print(f"{given.games} games of {given.length} steps, seeds {seeds[0]:,} to {seeds[-1]:,}; 95 % intervals")
+        print(f"{given.games} games of {given.length} steps, 95 % intervals; seeds from {given.first_seed:,}")
         print(render(found))
     if given.pictures:
         best = max(found[-1].games, key=lambda game: (len(game.reached), -game.seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from world import ACHIEVEMENTS, Game
+from world import ACHIEVEMENTS, Played
 
 from luthier.evals.exact_match import wilson_interval
 from luthier.evals.statistics import RESAMPLES, Difference, compare_means, draw_rows
 
 Floats = npt.NDArray[np.float64]
 _TAILS = (2.5, 97.5)
+_METHOD_OF_RUN = re.compile(r"^(full|lora|qlora)_.+$")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Scores:
     """One agent's games; the same seeds in the same order for every agent that it stands beside."""
 
     name: str
-    games: Sequence[Game]
+    games: Sequence[Played]
     seconds: float = 0.0
 
     @cached_property
@@ -109,9 +111,34 @@ class Scores:
         }
 
 
-def compare(first: Scores, second: Scores) -> Difference:
-    """Different achievements of two agents in the same games, with a paired interval."""
-    return compare_means(first.different, second.different)
+@dataclass(frozen=True)
+class Comparison:
+    """An agent beside another one in the same games, by different achievements a game."""
+
+    agent: Scores
+    against: Scores
+
+    @cached_property
+    def gain(self) -> Difference:
+        """What it reaches more, with a paired interval."""
+        return compare_means(self.against.different, self.agent.different)
+
+    @property
+    def is_within(self) -> bool:
+        """Whether its mean lies within the interval of the other's."""
+        other = self.against.mean_different
+        return other.low <= self.agent.mean_different.value <= other.high
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        names = {"agent": self.agent.name, "against": self.against.name}
+        return {**names, **self.gain.as_dict(), "is_within_interval": self.is_within}
+
+
+def compare_all(found: Sequence[Scores]) -> list[Comparison]:
+    """Each agent beside the first, and the last one beside the one before it."""
+    made = [Comparison(each, found[0]) for each in found[1:]]
+    return [*made, Comparison(found[-1], found[-2])] if len(found) > 2 else made
 
 
 def render(found: Sequence[Scores]) -> str:
@@ -133,14 +160,28 @@ def render(found: Sequence[Scores]) -> str:
             add(name.replace("_", " "), [f"{rate.value:.0%} ({rate.low:.0%} to {rate.high:.0%})" for rate in rates])
     never = [name.replace("_", " ") for name in ACHIEVEMENTS if not any(each.rates[name].value for each in found)]
     lines.append(f"  nobody reaches: {', '.join(never)}" if never else "  every achievement is reached by somebody")
-    for name, each in zip(names[1:], found[1:], strict=True):
-        gain = compare(found[0], each)
-        shown = f"{gain.difference:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})"
-        lines.append(f"  {name} against {names[0]}: {shown} different achievements a game: {gain.change}")
+    called = dict(zip([each.name for each in found], names, strict=True))
+    made = compare_all(found)
+    lines += [_say(each, called) for each in made]
+    if len(found) > 2:
+        other = made[-1].against.mean_different
+        where = "within" if made[-1].is_within else "outside of"
+        lines.append(
+            f"  {names[-1]} lies with {found[-1].mean_different.value:.2f} {where} the interval of {names[-2]}, "
+            f"{other.low:.2f} to {other.high:.2f}"
+        )
     return "\n".join(lines)
 
 
+def _say(made: Comparison, called: dict[str, str]) -> str:
+    gain = made.gain
+    shown = f"{gain.difference:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})"
+    agent, against = called[made.agent.name], called[made.against.name]
+    return f"  {agent} against {against}: {shown} different achievements a game: {gain.change}"
+
+
 def short_names(names: Sequence[str]) -> list[str]:
-    """The last part of long names, as long as they stay different."""
+    """The last part of long names, and the method alone of a run's, as long as they stay different."""
     short = [name.rstrip("/").rpartition("/")[2].rpartition(":")[2] for name in names]
-    return short if len(set(short)) == len(names) else list(names)
+    shorter = [_METHOD_OF_RUN.sub(r"\1", name) for name in short]
+    return next((found for found in (shorter, short) if len(set(found)) == len(names)), list(names))

@@ -52,6 +52,21 @@ _VITAL = ("health", "food", "drink", "energy")
 Spot = tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Played:
+    """What is left of a game: enough to score it, and to play it once more."""
+
+    seed: int
+    length: int
+    actions: tuple[str, ...]
+    reached: tuple[str, ...]
+    when: tuple[int, ...]
+    """The step in which each achievement was reached."""
+    total: float
+    unknown: int
+    """Steps in which what was said is no action."""
+
+
 @dataclass
 class Game:
     """One game: its world, what the agent remembers, and what it has reached."""
@@ -63,10 +78,8 @@ class Game:
     actions: list[str] = field(default_factory=list)
     reached: list[str] = field(default_factory=list)
     when: list[int] = field(default_factory=list)
-    """The step in which each achievement was reached."""
     total: float = 0.0
     unknown: int = 0
-    """Steps in which what was said is no action."""
     is_over: bool = False
 
     def __post_init__(self) -> None:
@@ -106,6 +119,11 @@ class Game:
         self.reached += new
         self.when += [len(self.actions)] * len(new)
         self._look()
+
+    def played(self) -> Played:
+        """The game as it went so far."""
+        done = tuple(self.actions), tuple(self.reached), tuple(self.when)
+        return Played(self.seed, self.length, *done, self.total, self.unknown)
 
     def picture(self) -> Picture:
         """What the game shows a person now."""

@@ -19,8 +19,8 @@ from make_dataset import HELD_OUT_SEED, Options, Step
 from pictures import draw_curves, draw_game
 from PIL import Image
 from prompts import TOOL, WORDS, Form, read_action
-from scores import Scores, compare, render
-from world import ACHIEVEMENTS, ACTIONS, RULES, Game
+from scores import Comparison, Scores, compare_all, render, short_names
+from world import ACHIEVEMENTS, ACTIONS, RULES, Game, Played
 
 from luthier.cli.main import main
 from luthier.data.rows import ReadOptions, RowReader
@@ -106,7 +106,7 @@ def test_the_expert_is_far_better_than_dice(played: tuple[Watched, Scores, Watch
     expert, dice = played[1], played[3]
     assert expert.mean_different.value >= 8
     assert dice.mean_different.value <= 4
-    assert compare(dice, expert).change == "better"
+    assert Comparison(expert, dice).gain.change == "better"
     assert expert.score.low > dice.score.high
     table = render([dice, expert])
     draw_curves([dice, expert], 200, tmp_path / "curves.svg")
@@ -121,7 +121,7 @@ def test_scores_are_those_of_the_games() -> None:
     games[0].reached[:] = ["collect_wood", "wake_up"]
     games[1].reached[:] = ["collect_wood"]
     games[0].total, games[1].total = 2.0, 0.9
-    found = Scores("x", games)
+    found = Scores("x", [game.played() for game in games])
     assert found.mean_different.value == 1.5
     assert (found.mean_different.low, found.mean_different.high) == (1.0, 2.0)
     assert found.mean_return.value == pytest.approx(1.45)
@@ -130,11 +130,58 @@ def test_scores_are_those_of_the_games() -> None:
     assert len(found.as_dict()["achievements"]) == 22
 
 
+def _scored(name: str, counts: Sequence[int]) -> Scores:
+    """Games that reached so many achievements each."""
+    games = [Played(seed, 5, (), ACHIEVEMENTS[:count], (), 0.0, 0) for seed, count in enumerate(counts)]
+    return Scores(name, games)
+
+
+@pytest.mark.parametrize(
+    ("last", "change", "where"),
+    [
+        ([8, 6, 9, 7, 7, 8, 6, 9], "no detectable difference", "y lies with 7.50 within the interval of x"),
+        ([4, 3, 5, 4, 3, 4, 3, 4], "worse", "y lies with 3.75 outside of the interval of x"),
+    ],
+)
+def test_the_last_agent_is_put_beside_the_one_before_it(last: list[int], change: str, where: str) -> None:
+    found = [_scored("base", [0] * 8), _scored("x", [7, 8, 6, 9, 8, 7, 9, 6]), _scored("y", last)]
+    made = compare_all(found)
+    assert [(each.agent.name, each.against.name) for each in made] == [("x", "base"), ("y", "base"), ("y", "x")]
+    assert [each.gain.change for each in made] == ["better", "better", change]
+    assert made[2].as_dict()["is_within_interval"] == ("within" in where)
+    lines = render(found).splitlines()
+    assert lines[-2].startswith("  y against x: ")
+    assert lines[-2].endswith(change)
+    assert where in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["practice", "ft:practice:full_x_1", "ft:practice:qlora_x_2"], ["practice", "full", "qlora"]),
+        (["runs/lora_x_1", "runs/lora_x_2/"], ["lora_x_1", "lora_x_2"]),
+        (["a/model", "b/model"], ["a/model", "b/model"]),
+        (["x", "x"], ["x", "x"]),
+    ],
+)
+def test_names_are_short_as_long_as_they_differ(names: list[str], short: list[str]) -> None:
+    assert short_names(names) == short
+
+
+def test_how_many_agents_play_at_once_changes_nothing(capsys: Captured) -> None:
+    def played(*more: str) -> Any:
+        assert play.run(["random", "expert", "--games", "2", "--length", "12", "--json", *more]) == 0
+        told = json.loads(capsys.readouterr().out)
+        return told["comparisons"], [{**each, "seconds": 0} for each in told["agents"]]
+
+    assert played() == played("--processes", "2")
+
+
 def test_a_game_is_drawn_as_it_was_played(tmp_path: Path) -> None:
     game = Game(HELD_OUT_SEED, 60)
     while not game.is_over:
         game.act(choose(game))
-    strip, animation = draw_game(game, tmp_path, "one")
+    strip, animation = draw_game(game.played(), tmp_path, "one")
     with Image.open(strip) as picture, Image.open(animation) as pictures:
         assert picture.size[0] >= 480
         assert getattr(pictures, "n_frames", 0) > 10
@@ -369,6 +416,16 @@ def test_a_recipe_promises_and_its_synth_form_says_the_same(kind: str) -> None:
         assert names == ["train.jsonl", "valid.jsonl"]
     # Ours are relative to the file, theirs to the working directory: from the checkout it is one folder.
     assert (ROOT / str(theirs.data.train)).resolve() == (EXAMPLE / str(ours.data.train)).resolve()
+
+
+@pytest.mark.parametrize("kind", ["fft", "qlora"])
+def test_the_synth_form_for_the_practice_model_trains_the_same(kind: str) -> None:
+    ours = load_spec(EXAMPLE / f"crafter_{kind}.toml").spec
+    theirs = load_spec(EXAMPLE / f"crafter_{kind}_synth_practice.toml").spec
+    for part in ("model", "method", "optim", "objective", "compute", "engine", "evaluate", "seed"):
+        assert getattr(ours, part) == getattr(theirs, part), part
+    paths = {"train": Path("x"), "valid": "y"}
+    assert ours.data.model_copy(update=paths) == theirs.data.model_copy(update=paths)
 
 
 def test_the_source_of_a_synth_job_may_be_a_result() -> None:

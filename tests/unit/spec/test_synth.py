@@ -8,6 +8,7 @@ import pytest
 
 from luthier.errors import SpecError
 from luthier.spec.load import LoadedSpec, Override, load_spec, load_spec_text
+from luthier.spec.method import QloraMethod
 
 SEED = Path(__file__).parents[2] / "data" / "synth_seed_001.toml"
 JOB = '[job]\nmodel = "Qwen/Qwen3-4B"\n'
@@ -99,6 +100,21 @@ def test_how_the_method_is_told(text: str, kind: str) -> None:
     assert method.kind == kind
     if "rank" in text:
         assert getattr(method, "rank", None) == 8
+
+
+@pytest.mark.parametrize("table", ["lora", "training.lora"])
+def test_the_table_of_an_adapter(table: str) -> None:
+    text = f"{JOB}[training]\nuse_qlora = true\n[{table}]\nr = 8\nalpha = 24\ndropout = 0.1\n"
+    method = load(f'{text}target_modules = ["all-linear"]\nmodules_to_save = ["lm_head"]\n').spec.method
+    assert isinstance(method, QloraMethod)
+    assert (method.rank, method.alpha, method.dropout) == (8, 24, 0.1)
+    assert (method.targets, method.also_train) == ("auto", ["lm_head"])
+    named = load(f'{text}target_modules = ["q_proj", "v_proj"]\n').spec.method
+    assert getattr(named, "targets", None) == ["q_proj", "v_proj"]
+
+
+def test_an_adapter_of_a_full_run_is_an_error() -> None:
+    assert "alpha" in str(refusal(f"{JOB}[lora]\nalpha = 24\n"))
 
 
 def test_qlora_wins_over_the_kind_of_training_with_a_note() -> None:

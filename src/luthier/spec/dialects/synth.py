@@ -20,6 +20,7 @@ _KIND_OF_TRAINING = {
     "qlora": "qlora",
     "sft": "full",
 }
+_ALL_LINEAR = "all-linear"
 _METRICS = {
     "val.loss": "loss",
     "val_loss": "loss",
@@ -176,8 +177,23 @@ def _translate_hyperparameters(job: _Reader, done: Translation) -> None:
         done.put("optim.epochs", float(epochs) if isinstance(epochs, int) else epochs, "hyperparameters.n_epochs")
     given_steps = tuple(f"hyperparameters.{key}" for key in ("total_steps", "train_steps", "steps"))
     job.move_first(done, given_steps, "optim.steps")
-    job.move_first(done, ("hyperparameters.lora_rank", "training.lora.rank", "lora.rank"), "method.rank")
+    _translate_adapter(job, done)
     _translate_batch(job, done)
+
+
+def _translate_adapter(job: _Reader, done: Translation) -> None:
+    """The `[lora]` table, which may also stand in `[training]`."""
+    names = {"alpha": "method.alpha", "dropout": "method.dropout", "modules_to_save": "method.also_train"}
+    job.move_first(done, ("hyperparameters.lora_rank", *_in_lora("rank"), *_in_lora("r")), "method.rank")
+    for theirs, ours in names.items():
+        job.move_first(done, _in_lora(theirs), ours)
+    job.move_first(done, _in_lora("target_modules"), "method.targets")
+    if done.tables.get("method", {}).get("targets") in (_ALL_LINEAR, [_ALL_LINEAR]):
+        done.tables["method"]["targets"] = "auto"
+
+
+def _in_lora(key: str) -> tuple[str, str]:
+    return f"training.lora.{key}", f"lora.{key}"
 
 
 def _translate_batch(job: _Reader, done: Translation) -> None:
