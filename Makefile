@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-EXTRAS := fast,parquet,zstd,hf,torch,trl,mlx,gguf,tensorboard,wandb,server,dev
+EXTRAS := fast,parquet,zstd,hf,torch,trl,mlx,tinker,gguf,tensorboard,wandb,server,dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # More arguments for the one install of torch, for instance an index that has the build for this machine.
 TORCH_ARGS ?=
@@ -18,7 +18,7 @@ CLIENTS ?= $(HOME)/.cache/luthier/clients
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo genrm crafter test test-fast test-clients check lint fix golden docs docs-check constraints bench-data bench-train-cpu bench-service soak
+.PHONY: help setup demo genrm crafter crafter-server test test-fast test-clients check lint fix golden docs docs-check constraints bench-data bench-train-cpu bench-service bench-tinker bench-tenants soak
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,14 +46,17 @@ genrm: setup  ## a judge of answers on the practice model, from raw rows to cert
 crafter: setup  ## the Crafter example: an expert plays, a model learns from it, and held-out games say how well
 	@PATH="$(abspath $(BIN)):$$PATH" bash scripts/crafter.sh
 
+crafter-server: setup  ## the same through a server: two jobs, and their results play by their `ft:` ids
+	@PATH="$(abspath $(BIN)):$$PATH" bash scripts/crafter_server.sh
+
 test: setup lint  ## everything: linters, types, layers, generated docs, then all tests
 	@$(PYTEST) $(ARGS)
 
 test-fast: setup  ## the tests that take under a minute together
 	@$(PYTEST) -m 'not slow and not browser' $(ARGS)
 
-test-clients: setup  ## the published clients of OpenAI and Synth, installed and run against a server of ours
-	@LUTHIER_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest tests/clients/test_clients.py $(ARGS)
+test-clients: setup  ## the published clients of OpenAI, Synth and Tinker, installed and run against a server of ours
+	@LUTHIER_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest tests/clients/test_clients.py tests/clients/test_tinker_clients.py $(ARGS)
 
 check: test  ## before a push: the same as `make test`
 
@@ -89,6 +92,12 @@ bench-train-cpu: setup  ## the training benchmark beside TRL, one table a row
 
 bench-service: setup  ## the job service under load, one table
 	@$(BIN)/python benchmarks/service.py $(ARGS)
+
+bench-tinker: setup  ## the Tinker service under its own SDK: clients at a time, and what a request costs
+	@$(BIN)/python benchmarks/tinker_service.py $(ARGS)
+
+bench-tenants: setup  ## many adapters over one base, joined against one after another, one table
+	@$(BIN)/python benchmarks/tenants.py $(ARGS)
 
 soak: setup  ## all tests, with many more examples for each property and 50 random kills of each kind of run
 	@HYPOTHESIS_PROFILE=thorough LUTHIER_KILLS=50 $(PYTEST) $(ARGS)

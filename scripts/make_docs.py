@@ -293,7 +293,7 @@ def render_reasons() -> str:
 
 _VERBS = ("get", "post", "put", "patch", "delete")
 _TWICE = "/api/v1/"
-"""The Synth routes lie below /api and again below here."""
+"""The Synth routes lie below /api and again below here, where those of Tinker are."""
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,7 @@ def render_server() -> str:
         'Failures have the shape of the dialect: `{"error": {"message", "type", "param", "code"}}` under `/v1`, '
         'the same with `detail`, `code` and `message` beside it under `/api`, and `{"error": {"code", "message", '
         '"hint", "where"}}` under `/luthier/v1`. The codes are those of [the errors](errors.md).',
-        "The routes under `/api` answer under `/api/v1` as well.",
+        "The routes under `/api` answer under `/api/v1` as well, beside those of Tinker.",
     ]
     for tag in dict.fromkeys(route.tag for route in routes):
         rows = [

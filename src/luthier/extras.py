@@ -18,6 +18,7 @@ EXTRAS = {
     "mlx": ("mlx", "mlx_lm"),
     "tensorboard": ("tensorboard",),
     "server": ("fastapi", "uvicorn", "sqlalchemy", "alembic", "prometheus_client", "python_multipart", "psycopg"),
+    "tinker": ("tinker",),
     "torch": ("torch", "transformers", "bitsandbytes"),
     "trl": ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "peft", "trl"),
     "wandb": ("wandb",),

@@ -93,12 +93,13 @@ def plan_run(spec: RunSpec, prepared: Prepared) -> RunPlan:
 
 
 def make_ready(spec: RunSpec, prepared: Prepared) -> Ready:
-    """The plan, and the model's weights on this machine, for an engine that is there."""
-    from luthier.engines.registry import check_engine
+    """The plan, and the model's weights on this machine where they are trained here, for an engine that is there."""
+    from luthier.engines.registry import REMOTE, check_engine
 
     check_engine(spec.engine.kind)
     plan = plan_run(spec, prepared)
-    return Ready(plan, prepared, find_resolved(spec.model.base, spec.model.revision, with_weights=True))
+    is_here = spec.engine.kind not in REMOTE
+    return Ready(plan, prepared, find_resolved(spec.model.base, spec.model.revision, with_weights=is_here))
 
 
 def start_run(ready: Ready) -> Run:
@@ -108,13 +109,19 @@ def start_run(ready: Ready) -> Run:
 
 
 def warm_up(spec: RunSpec) -> None:
-    """Import what the engine needs while the data is being read; raises where a package that was named is missing."""
-    from luthier.engines.registry import import_in_background
+    """Import what the engine needs while the data is being read; raises where a package that was named is missing.
+
+    A service elsewhere is asked whether it is there, and takes the key.
+    """
+    from luthier.engines.registry import REMOTE, check_engine, check_service, import_in_background
     from luthier.engines.surroundings import prepare_process
     from luthier.reports.sinks import check_sinks
 
     check_sinks(spec.output.sinks)
     prepare_process(spec.compute.processes)
+    if spec.engine.kind in REMOTE:
+        check_engine(spec.engine.kind)
+        check_service(spec.engine.kind)
     if spec.engine.kind in ("torch", "trl") and spec.compute.processes == 1:
         import_in_background()
 
@@ -166,23 +173,47 @@ def complete_run(run: Run, *, watch: Watch, stop: StopFlag) -> Path | None:
     """
     from luthier.adapters.certificate import is_certified_whole
     from luthier.errors import ProofError
+    from luthier.runs import events
 
     merged = merge_run(run, watch=watch, stop=stop) if needs_merge(run) else None
-    if not stop and not is_certified_whole(run):
+    if why := _note_uncertifiable(run):
+        watch(events.Warned("not_certified", f"not certified: {why}"))
+    elif not stop and not is_certified_whole(run):
         try:
             certify_run(run, watch=watch, stop=stop)
         except ProofError as error:
-            from luthier.runs import events
-
             watch(events.Warned(error.code, error.message))
     return merged
 
 
 def is_complete(run: Run) -> bool:
-    """Whether nothing is left to do of a run: trained, its adapter merged where that was asked, and certified."""
-    from luthier.adapters.certificate import is_certified_whole
+    """Whether nothing is left to do of a run: trained, its adapter merged where that was asked, and certified.
 
-    return run.state == "finished" and not needs_merge(run) and is_certified_whole(run)
+    One that nothing here can certify is complete without, and says why.
+    """
+    from luthier.adapters.certificate import find_uncertifiable, is_certified_whole
+
+    is_done = run.state == "finished" and not needs_merge(run)
+    return is_done and (is_certified_whole(run) or bool(find_uncertifiable(run)))
+
+
+def _note_uncertifiable(run: Run) -> str:
+    """Why a run that a service trained cannot be certified here, noted in its lineage; empty where it can be."""
+    from luthier.adapters.certificate import UNCERTIFIED, find_uncertifiable
+    from luthier.engines.registry import REMOTE
+    from luthier.runs.lineage import write_lineage
+    from luthier.weights.tensors import has_weights
+
+    if run.spec.engine.kind not in REMOTE:
+        return ""
+    if why := find_uncertifiable(run):
+        return why
+    if has_weights(resolve_model(run.spec.model.base, revision=run.spec.model.revision)):
+        return ""
+    absent = f"the weights of {run.spec.model.base} are not on this machine"
+    why = f"{absent}; `luthier verify {run.folder}` certifies it once they are"
+    write_lineage(run, {UNCERTIFIED: why})
+    return why
 
 
 def needs_merge(run: Run) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from luthier.engines.registry import ENGINES, JOBS, find_engine
+from luthier.engines.registry import ENGINES, JOBS, LOCAL, find_engine
 from luthier.engines.verbs import Batch, Loss, LossResult, SampleParams, StepParams
 from luthier.errors import CheckpointError, UnsupportedError
 from luthier.runs.resolve import ResolvedModel
@@ -32,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_shape(tmp_path_factory.mktemp("llama"), "llama")
 
 
-@pytest.fixture(params=sorted(set(ENGINES) - set(JOBS)))
+@pytest.fixture(params=sorted(set(LOCAL) - set(JOBS)))
 def build(request: pytest.FixtureRequest, base: Path, own_home: Path) -> Iterator[Build]:
     """Builds the engine of a plan; every one is closed at the end."""
     if not importlib.util.find_spec(NEEDS[request.param]):
@@ -84,7 +84,7 @@ def save(engine: Any, folder: Path, *names: str) -> list[Path]:
 
 
 def test_the_registry_is_what_the_tests_know_and_refuses_the_rest() -> None:
-    assert sorted(NEEDS) == sorted(set(ENGINES) - set(JOBS))
+    assert sorted(NEEDS) == sorted(set(LOCAL) - set(JOBS))  # tests/service/tinker has those elsewhere
     with pytest.raises(UnsupportedError, match="nothing"):
         find_engine("nothing")
 

@@ -14,6 +14,11 @@ from tests.service.here import ROW, Here, service_here
 from tests.service.test_access import filled, operations
 
 OCTETS = {"content-type": "application/octet-stream"}
+LENIENT = {
+    f"/api/v1/{each}"
+    for each in ("client/config", "client/dynamic_config", "telemetry", "create_session", "sessions/search")
+}
+"""Where a Tinker client of any age is taken: no key is needed, and unknown ones are passed over."""
 HOSTILE = [
     b"",
     b"{",
@@ -62,7 +67,8 @@ def test_no_body_is_a_failure_of_the_server(here: Here, body: bytes) -> None:
     for verb, path in writes:
         for kind in ("application/json", "multipart/form-data; boundary=x"):
             done = here.ask(verb, filled(path), content=body, headers={"content-type": kind})
-            assert 400 <= done.status_code < 500, f"{verb} {path} {kind}: {done.status_code} {done.text[:300]}"
+            lowest = 200 if path in LENIENT else 400
+            assert lowest <= done.status_code < 500, f"{verb} {path} {kind}: {done.status_code} {done.text[:300]}"
     assert here.ask("GET", "/luthier/v1/jobs").json()["jobs"] == []
 
 

@@ -53,7 +53,7 @@ def test_it_is_up_in_two_seconds_and_says_its_key_once(tmp_path: Path) -> None:
     told = server.start()
     try:
         assert told["address"] == server.url
-        assert told["key"].startswith("ftk_")
+        assert told["key"].startswith("tml-ftk_")
         with server.client() as client:
             assert client.get("/luthier/v1/health").json()["status"] == "ok"
             assert client.get("/luthier/v1/ready").json()["is_ready"] is True

@@ -36,10 +36,13 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
 
 @pytest.fixture(scope="module")
 def document(many: Here) -> Any:
-    """The OpenAPI document, with the application behind it; paths under /api/v1 are those under /api once more."""
+    """The OpenAPI document, with the application behind it; Synth's paths under /api are under /api/v1 once more."""
     many.submit()
+    paths = many.client.get("/luthier/v1/openapi.json").json()["paths"]
+    twice = [path for path in paths if path.startswith("/api/v1/") and path.replace("/v1", "", 1) in paths]
+    assert len(twice) > 20
     app = many.client.app
-    return schemathesis.openapi.from_asgi("/luthier/v1/openapi.json", app).exclude(path_regex="^/api/v1/")
+    return schemathesis.openapi.from_asgi("/luthier/v1/openapi.json", app).exclude(path=twice)
 
 
 def test_no_request_fails_or_is_answered_in_another_way_than_documented(document: Any, many: Here) -> None:

@@ -15,6 +15,8 @@ from luthier.runs.manifest import MANIFEST, hash_file, write_durably
 from luthier.runs.run import Run
 
 CERTIFICATE = "certificate.json"
+UNCERTIFIED = "uncertified"
+"""The fact of a run's lineage that says why it has none."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ def is_certified_whole(run: Run) -> bool:
     certificate = find_certificate(run)
     named = {name.partition("/")[0] for name in certificate.files} if certificate else set()
     return bool(named) and all(folder.name in named for folder in list_artefacts(run))
+
+
+def find_uncertifiable(run: Run) -> str:
+    """Why nothing on this machine can certify a run, as it was found at its end; empty where something can."""
+    return str(run.lineage.get(UNCERTIFIED) or "")
 
 
 def list_artefacts(run: Run) -> list[Path]:

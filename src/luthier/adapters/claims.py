@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,12 +21,12 @@ from luthier.data.tokens import ModelText
 from luthier.engines.registry import choose_kind, load_prober
 from luthier.engines.verbs import Ints, Logits, Prober
 from luthier.errors import CheckpointError, MissingPathError, ModelError, UnsupportedError
-from luthier.machine import find_machine
+from luthier.machine import Machine, find_machine
 from luthier.runs.events import utc_now
 from luthier.runs.home import luthier_home
 from luthier.runs.layout import FINAL_MODEL, MERGED_MODEL, PROBE
-from luthier.runs.lineage import base_facts, is_same_base, list_versions
-from luthier.runs.manifest import read_manifest
+from luthier.runs.lineage import base_facts, is_same_base, list_versions, read_lineage
+from luthier.runs.manifest import MANIFEST, read_manifest
 from luthier.runs.resolve import AdapterRef, ResolvedModel, find_resolved, ref_of_run
 from luthier.runs.run import Run
 from luthier.training.probe import PLACES, Probe, read_probe, read_text_facts, render_chats
@@ -39,6 +39,8 @@ _CLEARLY = 3.0
 _ANSWER_TOKENS = 12
 _SHOWN = 3
 _MOST_PROMPTS = 64
+_PLAIN_PROMPT = np.arange(1, 17, dtype=np.int64)
+"""For a model without a chat template."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Order:
     is_sealed: bool = True
     """Whether the merged model has its manifest already."""
     prompts: str | None = None
+    is_outside: bool = False
+    """Whether `run` is the folder of an adapter that no run of ours trained."""
 
 
 @dataclass
@@ -112,6 +116,8 @@ class _Subject:
 
 def gather_claims(order: Order) -> Certificate:
     """Everything that is claimed of the run's result; loads one model at a time."""
+    if order.is_outside:
+        return claim_adapter(Path(order.run))
     started = time.monotonic()
     run = Run(Path(order.run))
     final = run.final_weights
@@ -158,16 +164,20 @@ def _check_surroundings(run: Run, final: Path, claims: _Claims) -> _Subject | No
     _check_seal(final, claims)
     recorded = run.lineage["base"]
     base = find_resolved(run.spec.model.base, recorded.get("revision"), with_weights=True)
-    now, probe = base_facts(base), None
-    is_same, one, two = is_same_base(recorded, now), recorded["files"], now["files"]
-    other = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
-    found = f"{len(one)} files" if is_same else f"changed: {_listed(other) or 'an adapter under the run'}"
-    claims.add("the base is the one that the run was trained on", found, "the same files", is_same)
+    probe, is_same = None, _check_base(recorded, base, claims)
     with claims.trying("the live model left its probe", PROBE):
         probe = read_probe(run.folder / PROBE)
     if probe is None or not is_same:
         return None
     return _Subject(run, final, base, probe, find_machine(engine=run.spec.engine.kind).device)
+
+
+def _check_base(recorded: Mapping[str, Any], base: ResolvedModel, claims: _Claims) -> bool:
+    now = base_facts(base)
+    is_same, one, two = is_same_base(recorded, now), recorded["files"], now["files"]
+    other = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
+    found = f"{len(one)} files" if is_same else f"changed: {_listed(other) or 'an adapter under the run'}"
+    return claims.add("the base is the one that the run was trained on", found, "the same files", is_same)
 
 
 def _check_seal(folder: Path, claims: _Claims) -> None:
@@ -200,7 +210,7 @@ def _ids(tokens: Sequence[int]) -> str:
 
 def _check_adapter(subject: _Subject, prompts: _Prompts, claims: _Claims, order: Order) -> None:
     """The adapter against the live model, then the merged model against base and adapter."""
-    _check_tensors(subject, claims)
+    _check_tensors(subject.final, claims)
     _check_text(subject, subject.base.folder, subject.template, claims)
     pair: _Pair | None = None
     with claims.trying("base and adapter load", "without an error"):
@@ -239,9 +249,9 @@ def _ask_pair(
     return _Pair(before, prober.logits(prompts.all, PLACES), prober)
 
 
-def _check_tensors(subject: _Subject, claims: _Claims) -> None:
+def _check_tensors(adapter: Path, claims: _Claims) -> None:
     with claims.trying("the adapter is whole", "every target, and finite"):
-        config, tensors = read_adapter(subject.final)
+        config, tensors = read_adapter(adapter)
         adapted = {name.rpartition(".")[0] for name in tensors if name.endswith(".lora_A")}
         bare = [
             target
@@ -398,11 +408,43 @@ def claim_merge(resolved: ResolvedModel, merged: Path, artefact: str) -> Certifi
     _add_moved(
         claims, "the adapter is in it: it differs from the base", _distance(found, before), apart, "base + adapter"
     )
-    facts: dict[str, Any] = {"made": utc_now().isoformat(timespec="seconds"), "precision": machine.precision}
-    facts |= {"device": machine.device}
-    facts |= {"seconds": round(time.monotonic() - started, 2), "versions": list_versions()}
+    facts = _facts(machine, started)
     files = {name.partition("/")[2]: digest for name, digest in hash_files(merged, artefact).items()}
     return Certificate(artefact, tuple(claims.made), files, facts)
+
+
+def claim_adapter(adapter: Path) -> Certificate:
+    """The same of the adapter alone, with what lies beside it: its seal, and the base that its lineage names."""
+    started = time.monotonic()
+    claims = _Claims(adapter.name)
+    if (adapter / MANIFEST).is_file():
+        _check_seal(adapter, claims)
+    resolved = find_resolved(str(adapter), with_weights=True)
+    base = replace(resolved, adapters=resolved.adapters[:-1])
+    if recorded := read_lineage(adapter).get("base"):
+        _check_base(recorded, base, claims)
+    _check_tensors(adapter, claims)
+    kind = choose_kind(resolved)
+    machine = find_machine(engine=kind)
+    with claims.trying("base and adapter load", "without an error"):
+        prober = load_prober(base, luthier_home(), precision=machine.precision, device=machine.device, kind=kind)
+        prompts = [each for each in read_text_facts(base.folder, None).chats if len(each)] or [_PLAIN_PROMPT]
+        before = prober.logits(prompts, PLACES)
+        left = prober.adapt(adapter)
+        claims.add("every tensor of the adapter has its place in the model", _listed(left) or "all", "all", not left)
+        moved = _distance(prober.logits(prompts, PLACES), before)
+        _add_moved(claims, "it differs from the base", moved, _Distance(0.0, 0.0), "the base itself")
+    return Certificate(adapter.name, tuple(claims.made), hash_files(adapter, adapter.name), _facts(machine, started))
+
+
+def _facts(machine: Machine, started: float) -> dict[str, Any]:
+    return {
+        "made": utc_now().isoformat(timespec="seconds"),
+        "precision": machine.precision,
+        "device": machine.device,
+        "seconds": round(time.monotonic() - started, 2),
+        "versions": list_versions(),
+    }
 
 
 # -- distances -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from luthier.errors import CallError, ProofError
 from luthier.machine import find_machine
 from luthier.runs.layout import CONFIG, FINAL_MODEL, MERGED_MODEL
 from luthier.runs.manifest import find_facts
+from luthier.runs.models import find_live_adapter
 from luthier.runs.resolve import ADAPTER_CONFIG, ResolvedModel, find_resolved
 from luthier.runs.run import Run
 from luthier.weights.tensors import find_mlx_bits, read_config
@@ -69,6 +70,19 @@ def verify_run(run: Run, *, prompts: Path | None = None, should_stop: Stop | Non
     certificate = certify_in_fresh_process(order, should_stop)
     write_certificate(run.folder / CERTIFICATE, certificate)
     return certificate
+
+
+def verify_outside(model: str, *, should_stop: Stop | None = None) -> tuple[Certificate, Path]:
+    """What can be said of an adapter that no run of ours trained, such as one of the live service, and where it lies.
+
+    The certificate is written beside the folder, since a sealed folder takes no further file.
+    """
+    folder = find_live_adapter(model) or Path(model)
+    release_memory()
+    certificate = certify_in_fresh_process(Order(_absolute(folder), is_outside=True), should_stop)
+    path = folder.with_name(f"{folder.name}.{CERTIFICATE}")
+    write_certificate(path, certificate)
+    return certificate, path
 
 
 def merge_run(run: Run, out: Path | None, options: MergeOptions) -> Merged:
@@ -154,8 +168,8 @@ def _merge(
 
 
 def is_outside(model: str) -> bool:
-    """Whether a name is the folder of an adapter that lies in no run of ours."""
-    folder = Path(model)
+    """Whether a name is that of an adapter that lies in no run of ours: its folder, or an `ft:` id of the service."""
+    folder = find_live_adapter(model) or Path(model)
     return (folder / ADAPTER_CONFIG).is_file() and not (folder.resolve().parent / CONFIG).is_file()
 
 

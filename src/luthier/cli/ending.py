@@ -32,6 +32,8 @@ def print_end(run: Run, trained: Trained, *, as_json: bool) -> None:
             "final": str(trained.final) if trained.final else None,
             "merged": str(trained.merged) if trained.merged else None,
         }
+        if paths := list_service_paths(run):
+            facts["service_paths"] = paths
         print_json(facts | (write_evidence(run) if outcome.is_done else {}))
         return
     if not outcome.is_done:
@@ -50,6 +52,12 @@ def print_end(run: Run, trained: Trained, *, as_json: bool) -> None:
         say(f"  curves   {command}")
     say(f"  cost     {span(progress.seconds)} of training, {progress.tokens:,} tokens, {speed:,.0f} tokens/s")
     print_evidence(run)
+
+
+def list_service_paths(run: Run) -> list[str]:
+    """Every checkpoint that the run has on a service, in the order in which they were saved."""
+    saved = (event for event in run.read_events() if event["kind"] == "saved_on_service")
+    return list(dict.fromkeys(path for event in saved for path in event["paths"].values()))
 
 
 def write_evidence(run: Run) -> dict[str, Any]:
@@ -71,12 +79,16 @@ def write_evidence(run: Run) -> dict[str, Any]:
 
 def print_evidence(run: Run) -> None:
     """The same as lines, and how to go on: with what was not done yet, or with what the report would do next."""
-    from luthier.adapters.certificate import find_certificate
+    from luthier.adapters.certificate import find_certificate, find_uncertifiable
     from luthier.reports.words import visible
     from luthier.workflow import is_complete, needs_merge
 
     certificate, is_done = find_certificate(run), is_complete(run)
-    if certificate is not None and is_done:
+    for path in list_service_paths(run):
+        say(f"  on the service  {path}")
+    if certificate is None and is_done:
+        say(f"  proof    none: {visible(find_uncertifiable(run))}")
+    elif certificate is not None and is_done:
         say(f"  proof    {describe_certificate(certificate)}")
     else:
         say(f"  not {'merged' if needs_merge(run) else 'certified'} yet; the weights themselves are final")

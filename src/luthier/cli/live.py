@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -76,6 +77,16 @@ class Live:
         self.heart.doing(event.what)
 
     @_show.register
+    def _(self, event: events.Waiting) -> None:
+        state = f" ({event.state}{': ' if event.reason else ''}{event.reason})" if event.state else ""
+        self._line(f"waiting for {event.what}, {event.seconds:.0f} s{state}", keep=False)
+        self.heart.doing(f"waiting for {event.what}{state}")
+
+    @_show.register
+    def _(self, event: events.SavedOnService) -> None:
+        self._line(f"saved on the service: {', '.join(event.paths.values())}")
+
+    @_show.register
     def _(self, event: events.Resumed) -> None:
         self._line(f"resumed after step {event.step}" if event.step else "no checkpoint yet: from the first step on")
 
@@ -99,9 +110,10 @@ class Live:
     def _(self, event: events.Evaluated) -> None:
         more = "".join(f"  {name.removeprefix('reward_')} {value:.3g}" for name, value in _worth(event.metrics))
         best = f"  {paint('best so far', '32')}" if event.is_best else ""
+        accuracy = f"  token accuracy {event.token_accuracy:.1%}" if math.isfinite(event.token_accuracy) else ""
         self._line(
             f"step {event.step}: held-out loss {event.loss:.4f}  perplexity {event.perplexity:.3f}"
-            f"  token accuracy {event.token_accuracy:.1%}{more}{best}"
+            f"{accuracy}{more}{best}"
         )
 
     @_show.register

@@ -38,6 +38,7 @@ COMMANDS = {
     "worker": ("luthier.cli.commands.worker", "Run a worker alone, for a server on another machine."),
     "jobs": ("luthier.cli.commands.jobs", "List, follow, stop and fetch the jobs of a server."),
     "keys": ("luthier.cli.commands.keys", "Create, list and revoke the keys of a server."),
+    "tinker": ("luthier.cli.commands.tinker", "Look at a Tinker service: its models, limits and methods."),
     "data": ("luthier.cli.commands.data", "Check, show, split, prepare and convert training data."),
     "spec": ("luthier.cli.commands.spec", "Check and show run specs."),
     "recipes": ("luthier.cli.commands.recipes", "List, show and copy the specs shipped with Luthier."),

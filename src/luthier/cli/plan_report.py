@@ -33,12 +33,13 @@ def _sizes(plan: RunPlan) -> list[tuple[str, str]]:
     optim, processes = spec.optim, spec.compute.processes
     share = plan.trained_tokens_per_epoch / max(1, plan.tokens_per_epoch)
     trained = plan.trainable_parameters / max(1, plan.total_parameters)
+    counted = f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters ({trained:.2%})"
     length = "by optim.steps" if optim.steps > 0 else f"{optim.epochs:g} epochs"
     rows = [
         ("examples", f"{plan.train_examples:,} to train"),
         ("tokens", f"{plan.tokens_per_epoch:,} an epoch, {share:.1%} of them trained"),
         ("steps", f"{plan.steps:,} of {optim.batch} examples ({length})"),
-        ("trainable", f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters ({trained:.2%})"),
+        ("trainable", counted if plan.total_parameters else "an adapter; the service knows its size"),
     ]
     if processes > 1:
         least, most = optim.batch // processes, math.ceil(optim.batch / processes)
@@ -55,6 +56,9 @@ def _sizes(plan: RunPlan) -> list[tuple[str, str]]:
 
 def _print_memory(plan: RunPlan) -> None:
     memory = plan.memory
+    if not memory.items:
+        say(f"memory   on {memory.device}: nothing of this machine's")
+        return
     say("memory" if plan.spec.compute.processes == 1 else f"memory of {_whose(plan)}")
     rows = [(name, show_bytes(size)) for name, size in memory.items.items()]
     if memory.correction != 1.0:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from luthier.errors import CallError
+from luthier.runs.env_file import first_variable as _first
+from luthier.runs.env_file import read_env_file
 
 SERVER_NAMES = ("LUTHIER_SERVER", "BACKEND_BASE_URL")
 KEY_NAMES = ("LUTHIER_API_KEY", "SYNTH_API_KEY")
 """Under which names a server and a key are looked for, the first one found; the last are those of Synth's clients."""
-_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 Choose = Callable[[Sequence[Path]], Path]
@@ -69,21 +69,6 @@ def find_address(
     return Address(_checked(url), secret)
 
 
-def read_env_file(path: Path) -> dict[str, str]:
-    """The variables of a `.env` file; nothing in it is run or expanded."""
-    if not path.is_file():
-        raise CallError(f"no file at {path}", hint="--env-file names a file of NAME=VALUE lines")
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise CallError(f"{path}: not UTF-8 text") from None
-    found = {}
-    for line in lines:
-        if not line.lstrip().startswith("#") and (match := _LINE.fullmatch(line)):
-            found[match[1]] = _unquoted(match[2])
-    return found
-
-
 def list_env_files(folder: Path) -> list[Path]:
     """Files here that name a server or a key: `.env` first."""
     candidates = sorted({*folder.glob(".env"), *folder.glob(".env.*"), *folder.glob("*.env")})
@@ -108,17 +93,6 @@ def _find_env(folder: Path, choose: Choose | None) -> dict[str, str]:
         names = ", ".join(path.name for path in found)
         raise CallError(f"several files might be meant: {names}", hint="name one: --env-file FILE")
     return read_env_file(choose(found))
-
-
-def _unquoted(text: str) -> str:
-    for quote in ('"', "'"):
-        if len(text) > 1 and text.startswith(quote) and (end := text.find(quote, 1)) > 0:
-            return text[1:end]
-    return text.partition(" #")[0].rstrip()
-
-
-def _first(variables: Mapping[str, str], names: Sequence[str]) -> str | None:
-    return next((variables[name] for name in names if variables.get(name)), None)
 
 
 def _checked(url: str) -> str:

@@ -22,13 +22,21 @@ ENGINES = {
     "torch": "luthier.engines.torch.engine",
     "trl": "luthier.training.trl.start",
     "mlx": "luthier.engines.mlx.engine",
+    "tinker": "luthier.engines.tinker.engine",
 }
+REMOTE = ("tinker",)
+"""Engines whose work is done elsewhere, with a key of the person who asks; they tell what they wait for."""
+LOCAL = tuple(kind for kind in ENGINES if kind not in REMOTE)
 # Engines that train whole jobs, not verb by verb: what does so lives beside the loop.
 JOBS = {"trl": "luthier.training.trl.job"}
-SAMPLERS = {"torch": "luthier.engines.torch.sampling", "mlx": "luthier.engines.mlx.sampling"}
+SAMPLERS = {
+    "torch": "luthier.engines.torch.sampling",
+    "mlx": "luthier.engines.mlx.sampling",
+    "tinker": "luthier.engines.tinker.sampling",
+}
 PROBERS = {"torch": "luthier.engines.torch.probing", "mlx": "luthier.engines.mlx.probing"}
 DECODERS = {"torch": "luthier.engines.torch.decoding"}
-PACKAGES = {"torch": ("torch",), "trl": ("torch",), "mlx": ("mlx.core", "mlx_lm")}
+PACKAGES = {"torch": ("torch",), "trl": ("torch",), "mlx": ("mlx.core", "mlx_lm"), "tinker": ("tinker",)}
 # Only some methods need it.
 _FOR_SOME = ("bitsandbytes",)
 _IMPORTS = "imports of the engines"
@@ -63,6 +71,12 @@ def find_engine(kind: str) -> Any:
     wait_for_imports()
     import_packages(kind)
     return importlib.import_module(ENGINES[kind]).build
+
+
+def check_service(kind: str) -> None:
+    """Raise within seconds where the service of a remote engine has no key, refuses it, or does not answer."""
+    address = importlib.import_module(f"luthier.engines.{kind}.address")
+    address.check_service(address.find_service())
 
 
 def import_packages(kind: str) -> None:
@@ -140,11 +154,14 @@ def load_sampler(resolved: ResolvedModel, home: Path, kind: str | None = None) -
     return sampler
 
 
-def load_decoder(resolved: ResolvedModel, home: Path, *, over: AdapterRef | None = None) -> Decoder:
+def load_decoder(
+    resolved: ResolvedModel, home: Path, *, over: AdapterRef | None = None, precision: str = "auto"
+) -> Decoder:
     """A base model loaded to answer many streams, in the values that adapters such as `over` were trained on."""
     wait_for_imports()
     import_extra("torch", "torch")
-    decoder: Decoder = importlib.import_module(DECODERS["torch"]).build_decoder(resolved, home, over=over)
+    build = importlib.import_module(DECODERS["torch"]).build_decoder
+    decoder: Decoder = build(resolved, home, over=over, precision=precision)
     return decoder
 
 

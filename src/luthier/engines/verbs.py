@@ -124,6 +124,25 @@ def batch_of(sequences: Sequence[Sequence[int]], counted: Sequence[Bools] | None
     )
 
 
+def join_batches(batches: Sequence[Batch]) -> Batch:
+    """The sequences of several batches one after another; of their targets, which may differ in width, nothing."""
+    tokens = np.cumsum([0, *(len(batch.tokens) for batch in batches)])
+    places = np.cumsum([0, *(len(batch.sources) for batch in batches)])
+
+    def laid(parts: Sequence[Ints], starts: Ints) -> Ints:
+        return np.concatenate([part + start for part, start in zip(parts, starts, strict=False)])
+
+    return Batch(
+        np.concatenate([batch.tokens for batch in batches]),
+        laid([batch.segments for batch in batches], tokens),
+        laid([batch.prefixes for batch in batches], tokens),
+        laid([batch.sources for batch in batches], tokens),
+        np.zeros(places[-1], np.int64),
+        np.concatenate([[0], laid([batch.offsets[1:] for batch in batches], places)]),
+        np.concatenate([batch.keys for batch in batches]),
+    )
+
+
 @dataclass(frozen=True)
 class Computed:
     """What a pass over a batch gives back; `hits` tells which targets were the likeliest token, where known."""
@@ -180,6 +199,8 @@ class EngineFacts:
     notes: tuple[str, ...] = ()
     packs: bool = True
     """Whether it packs at all; one that pads has nothing that could leak."""
+    runs_ahead: bool = False
+    """Whether it is far away, so that a step is sent before the results of the one before it are read."""
 
 
 class OutOfMemory(Exception):
@@ -233,7 +254,7 @@ class Trainee(Protocol):
         ...
 
     def save(self, what: str) -> Saved:
-        """`weights` as they are published, or the `state` that resuming needs besides."""
+        """`weights` as they are published, `final` the same at the end, or the `state` that resuming needs besides."""
         ...
 
     def load(self, weights: Path, state: Path | None = None) -> None:
@@ -292,13 +313,39 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
+class PromptAsk:
+    """What is asked of a prompt's own tokens besides how likely they are; place i is that of its token i + 1."""
+
+    first: int = 0
+    """Places before this one are not rated."""
+    likeliest: int = 0
+    targets: Ints | None = None
+    """Tokens to rate at each place, [places, K]."""
+    drawn: int = 0
+    """How many tokens to draw at each place, with the stream's temperature and a seed of their own."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PromptRated:
+    """How likely each token of a prompt is, from the first place asked for, and what else was asked of the places."""
+
+    logprobs: Logits
+    likeliest: tuple[Ints, Logits] | None = None
+    targets: Logits | None = None
+    drawn: tuple[Ints, Logits] | None = None
+
+
+@dataclass(frozen=True)
 class Drawn:
     """One more token of a stream, how likely the model held it, and the likeliest tokens where they were asked for."""
 
     stream: int
     token: int
     logprob: float
-    likeliest: tuple[tuple[int, float], ...] = ()
+    likeliest: tuple[Ints, Logits] | None = None
+    prompt: PromptRated | None = None
+    """With the first token, where it was asked for."""
 
 
 class Decoder(Protocol):
@@ -320,8 +367,10 @@ class Decoder(Protocol):
         *,
         adapter: str | None = None,
         likeliest: int = 0,
+        rated: PromptAsk | None = None,
+        copies: Sequence[tuple[int, SampleParams]] = (),
     ) -> None:
-        """A new stream; its first token comes with the next step."""
+        """A new stream, and others that go on from the same prompt; their first tokens come with the next steps."""
         ...
 
     def step(self) -> list[Drawn]:
@@ -330,6 +379,82 @@ class Decoder(Protocol):
 
     def leave(self, stream: int) -> None:
         """No more tokens of a stream."""
+        ...
+
+    def tenants(self) -> Tenants:
+        """Adapters in training over the same base; one pass at a time, theirs or that of the streams."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """An adapter that is trained beside others: its rank, where its first values come from, and what it adapts."""
+
+    rank: int
+    seed: int = 0
+    alpha: float = 32.0
+    train_mlp: bool = True
+    train_attn: bool = True
+    train_unembed: bool = True
+
+    @property
+    def scale(self) -> float:
+        """What B @ A is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Share:
+    """One adapter's part of a joined batch; without a loss, log-probabilities are all that is wanted."""
+
+    tenant: str
+    batch: Batch
+    loss: Loss | None = None
+
+
+class Tenants(Protocol):
+    """Many adapters in training over one frozen base; none of them sees that there are others."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the base knows."""
+        ...
+
+    @property
+    def budget(self) -> int:
+        """How many tokens are well computed at once on this device."""
+        ...
+
+    def open(self, tenant: str, layout: AdapterLayout) -> None:
+        """A new adapter, as training begins."""
+        ...
+
+    def drop(self, tenant: str) -> None:
+        """Forget an adapter."""
+        ...
+
+    def compute(self, shares: Sequence[Share]) -> list[Computed]:
+        """One pass for all of them; gradients add up beside those that are kept, until `keep` or `discard`."""
+        ...
+
+    def keep(self, tenant: str) -> None:
+        """Add the fresh gradients to those that the next step takes."""
+        ...
+
+    def discard(self, tenant: str) -> None:
+        """Forget the fresh gradients."""
+        ...
+
+    def optim_step(self, tenant: str, params: StepParams) -> StepTaken:
+        """Step by the gradients that were kept, or refuse; forgets them."""
+        ...
+
+    def save(self, tenant: str, what: str) -> Saved:
+        """The adapter as it is published (`adapter`), or all that training needs to go on (`state`)."""
+        ...
+
+    def load(self, tenant: str, folder: Path, *, optimizer: bool) -> None:
+        """Go on from what was saved; without the optimizer its state begins anew."""
         ...
 
 

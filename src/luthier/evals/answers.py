@@ -62,10 +62,11 @@ class Said:
 class Subject:
     """A model that is asked; it is loaded when something is not remembered."""
 
-    def __init__(self, resolved: ResolvedModel, home: Path) -> None:
+    def __init__(self, resolved: ResolvedModel, home: Path, engine: str | None = None) -> None:
         self.resolved = resolved
-        self._home = home
-        self._remembered = Remembered(home, base_facts(resolved)["hash"], _quantised(resolved), list_versions())
+        self._home, self._engine = home, engine
+        who = [base_facts(resolved)["hash"], _quantised(resolved), list_versions()]
+        self._remembered = Remembered(home, *who, *([engine, resolved.name] if engine else []))
 
     @property
     def name(self) -> str:
@@ -74,7 +75,7 @@ class Subject:
 
     @cached_property
     def _sampler(self) -> Sampler:
-        return load_sampler(self.resolved, self._home)
+        return load_sampler(self.resolved, self._home, *([self._engine] if self._engine else []))
 
     def answer(self, reading: Reading, params: SampleParams, tick: Tick | None = None) -> Said:
         """What follows each prompt. A portion of prompts has a seed of its own, whoever is asked and from where on."""
@@ -115,7 +116,11 @@ class Subject:
 
     def forget(self) -> None:
         """Let go of the model."""
-        if self.__dict__.pop("_sampler", None) is not None:
+        sampler = self.__dict__.pop("_sampler", None)
+        if hasattr(sampler, "close"):  # one that a service answers for holds a session there
+            sampler.close()
+        if sampler is not None:
+            del sampler
             gc.collect()  # a model's parts know one another, and the next one needs the room
         self._remembered.prune()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import orjson
 from luthier.data.prompts import Prompt, read_prompts
 from luthier.data.reasons import list_counts
 from luthier.data.source import open_source
+from luthier.engines.registry import REMOTE
 from luthier.engines.verbs import SampleParams, Tick
 from luthier.errors import CallError, DataError, ModelError
 from luthier.evals.answers import Remembered, Said, Subject
@@ -31,9 +32,10 @@ from luthier.evals.scores import BETTER
 from luthier.evals.statistics import Floats, Measure, compare_means
 from luthier.evals.verdict import describe
 from luthier.runs.manifest import write_durably
-from luthier.runs.resolve import ResolvedModel, find_resolved, find_run, resolve_start
+from luthier.runs.resolve import ADAPTER_CONFIG, ResolvedModel, find_resolved, find_run, resolve_start
 from luthier.runs.run import Run
 from luthier.spec.data import Data
+from luthier.weights.tensors import has_weights
 
 LOSS = "held-out loss"
 PAIRS = "chosen over rejected"
@@ -55,6 +57,8 @@ class Wanted:
     general: Path | None = None
     checks: Checks = field(default_factory=Checks)
     judge: Judge | None = None
+    on_service: bool = False
+    """Whether the service that trained a run answers, although its weights are here."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +137,37 @@ def compare_model(name: str, wanted: Wanted, home: Path, tick: Tick | None = Non
     """One model beside what it started from, or beside another one, or alone."""
     if wanted.prompts and wanted.data:
         raise CallError("--prompts and --data both say what is asked", hint="keep one of them")
-    tuned = find_resolved(name, with_weights=True)
+    engine = _find_service(name, wanted)
+    tuned = find_resolved(name, with_weights=engine is None)
     run = find_run(tuned)
-    subject = Subject(tuned, home)
-    other = Subject(_find_base(tuned, wanted), home) if wanted.with_base else subject
+    subject = Subject(tuned, home, engine)
+    find = _find_base if engine is None else _find_base_elsewhere
+    other = Subject(find(tuned, wanted), home, engine) if wanted.with_base else subject
     sides = _read(other, subject, run, wanted)
     found = _measure(sides, run, wanted, home, tick)
     return Compared(_list_facts(sides, found, wanted), run)
+
+
+def _find_service(name: str, wanted: Wanted) -> str | None:
+    """The engine whose service answers: where that was asked for, or base or weights are on it alone."""
+    light = find_resolved(name)
+    run = find_run(light)
+    if run is None or run.spec.engine.kind not in REMOTE:
+        if wanted.on_service:
+            raise CallError(f"{name}: no Tinker service trained it", hint="leave --on-service out")
+        return None
+    is_here = has_weights(light.folder) and (light.adapters[-1].path / ADAPTER_CONFIG).is_file()
+    return None if is_here and not wanted.on_service else run.spec.engine.kind
+
+
+def _find_base_elsewhere(tuned: ResolvedModel, wanted: Wanted) -> ResolvedModel:
+    """The other model under the name that the service knows it by; its text files are here."""
+    if wanted.base is not None:
+        return find_resolved(wanted.base)
+    run = find_run(tuned)
+    assert run is not None
+    base = find_resolved(run.spec.model.base, run.lineage.get("base", {}).get("revision") or run.spec.model.revision)
+    return replace(base, name=run.spec.engine.model or run.spec.model.base)
 
 
 def _find_base(tuned: ResolvedModel, wanted: Wanted) -> ResolvedModel:

@@ -13,9 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from luthier.errors import HostError, LuthierError
+from luthier.errors import HostError
 from luthier.host.ask import Ask, Said, read_said
+from luthier.host.bench import Bench, open_bench
 from luthier.host.place import Place
+from luthier.host.work import raised
 
 _LINE_BYTES = 16 << 20
 _STOP_SECONDS = 5.0
@@ -24,23 +26,42 @@ _ALLOWED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "CUDA_VISIBLE_DEVICES", 
 
 @dataclass
 class _Host:
-    """One process, and how many answers it gives at the moment."""
+    """One process, how many answers it gives at the moment, and the bench on which models are trained there."""
 
     process: asyncio.subprocess.Process
     socket: Path
     asks: int = 0
+    bench: Bench | None = None
     used: float = field(default_factory=time.monotonic)
 
     @property
     def is_alive(self) -> bool:
         return self.process.returncode is None
 
+    @property
+    def last_used(self) -> float:
+        """When somebody last needed it."""
+        return max(self.used, self.bench.used if self.bench else 0.0)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody needs what it has in memory."""
+        return bool(self.asks or (self.bench and self.bench.is_busy))
+
 
 class Hosts:
     """Host processes by base model. All methods belong to one event loop."""
 
-    def __init__(self, home: Path, *, models: Path | None = None, idle_seconds: float = 600.0, most: int = 2) -> None:
-        self._home, self._models = home, models
+    def __init__(
+        self,
+        home: Path,
+        *,
+        models: Path | None = None,
+        idle_seconds: float = 600.0,
+        most: int = 2,
+        precision: str = "auto",
+    ) -> None:
+        self._home, self._models, self._precision = home, models, precision
         self._idle_seconds, self._most = idle_seconds, most
         self._hosts: dict[Place, _Host] = {}
         self._starting: dict[Place, asyncio.Lock] = {}
@@ -59,6 +80,15 @@ class Hosts:
             host.asks -= 1
             host.used = time.monotonic()
 
+    async def bench(self, place: Place) -> Bench:
+        """Where models of a base are trained and tokens sampled; one for each process, ended with it."""
+        host = await self._find(place.base)
+        async with self._starting[place.base]:
+            if host.bench is None or not host.bench.is_alive:
+                host.bench = await open_bench(host.socket)
+        host.used = time.monotonic()
+        return host.bench
+
     async def close(self) -> None:
         """End every host."""
         if self._sweep:
@@ -74,6 +104,8 @@ class Hosts:
     async def _find(self, base: Place) -> _Host:
         async with self._starting.setdefault(base, asyncio.Lock()):
             host = self._hosts.get(base)
+            if host and host.bench and not host.bench.is_alive:
+                await _stop(host)  # its connection ended, so it is dying, whether or not that is known of it yet
             if host is None or not host.is_alive:
                 await self._make_room(base)
                 host = self._hosts[base] = await self._start(base)
@@ -84,20 +116,20 @@ class Hosts:
         others = {base: host for base, host in self._hosts.items() if base != wanted and host.is_alive}
         if len(others) < self._most:
             return
-        idle = sorted((base for base, host in others.items() if not host.asks), key=lambda base: others[base].used)
+        idle = [base for base, host in others.items() if not host.is_busy]
         if not idle:
             raise HostError(
-                f"{len(others)} base models are in memory and all of them answer",
+                f"{len(others)} base models are in memory and all of them are at work",
                 hint="try again in a moment; `luthier serve --hosts N` allows more at a time",
             )
-        await _stop(self._hosts.pop(idle[0]))
+        await _stop(self._hosts.pop(min(idle, key=lambda base: others[base].last_used)))
 
     async def _start(self, base: Place) -> _Host:
         self._count += 1
         socket = self._sockets / f"{self._count}.sock"
         log = self._home / "hosts" / "log.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        arguments = ["--model", base.model, "--socket", str(socket)]
+        arguments = ["--model", base.model, "--socket", str(socket), "--precision", self._precision]
         if base.nf4:
             arguments += ["--nf4", base.nf4]
         with log.open("ab") as sink:
@@ -113,7 +145,18 @@ class Hosts:
                 limit=_LINE_BYTES,
                 start_new_session=True,
             )
-        host = _Host(process, socket)
+        try:
+            await self._await_ready(process, base, log)
+        except BaseException:  # also where nobody waits any more: no table has it yet
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            raise
+        if self._sweep is None:
+            self._sweep = asyncio.create_task(self._stop_idle())
+        return _Host(process, socket)
+
+    async def _await_ready(self, process: asyncio.subprocess.Process, base: Place, log: Path) -> None:
         assert process.stdout
         line = await process.stdout.readline()
         if not line:
@@ -123,10 +166,7 @@ class Hosts:
             )
         if error := read_said(line).error:
             await process.wait()
-            raise _raised(error)
-        if self._sweep is None:
-            self._sweep = asyncio.create_task(self._stop_idle())
-        return host
+            raise raised(error)
 
     def _environment(self) -> dict[str, str]:
         """No secret of the server reaches a process that loads models."""
@@ -142,7 +182,7 @@ class Hosts:
             await asyncio.sleep(self._idle_seconds / 4)
             limit = time.monotonic() - self._idle_seconds
             for base, host in list(self._hosts.items()):
-                if not host.asks and host.used < limit:
+                if not host.is_busy and host.last_used < limit:
                     del self._hosts[base]
                     await _stop(host)
 
@@ -158,7 +198,7 @@ async def _ask(host: _Host, ask: Ask) -> AsyncIterator[Said]:
         while line := await reader.readline():
             said = read_said(line)
             if said.error:
-                raise _raised(said.error)
+                raise raised(said.error)
             yield said
             if said.finish:
                 return
@@ -173,6 +213,8 @@ async def _ask(host: _Host, ask: Ask) -> AsyncIterator[Said]:
 
 async def _stop(host: _Host) -> None:
     """Let go of the leash, and end what does not end by itself."""
+    if host.bench:
+        await host.bench.close()
     if not host.is_alive:
         return
     assert host.process.stdin
@@ -186,11 +228,3 @@ async def _stop(host: _Host) -> None:
 
 def _died() -> HostError:
     return HostError("the process that held the model ended", hint="ask again: it is started anew")
-
-
-def _raised(facts: object) -> LuthierError:
-    """An error of the host, with its own code."""
-    told = facts if isinstance(facts, dict) else {}
-    error = LuthierError(str(told.get("message", "")), hint=str(told.get("hint", "")), where=str(told.get("where", "")))
-    error.code = str(told.get("code", LuthierError.code))
-    return error

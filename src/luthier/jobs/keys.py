@@ -25,7 +25,9 @@ SCOPES = ("read", "submit", "admin")
 _LETTERS = string.digits + string.ascii_letters
 _SECRET_LENGTH = 43
 _ID_LENGTH = 12
-_SHAPE = re.compile(rf"(?:tml-)?ftk_([0-9A-Za-z]{{{_ID_LENGTH}}})_([0-9A-Za-z]{{{_SECRET_LENGTH}}})")
+_PREFIX = "tml-"
+"""Clients of the Tinker service send no key without it; every other client takes it as it is, with or without."""
+_SHAPE = re.compile(rf"(?:{_PREFIX})?ftk_([0-9A-Za-z]{{{_ID_LENGTH}}})_([0-9A-Za-z]{{{_SECRET_LENGTH}}})")
 _PROJECT = re.compile(r"[\w.-]{1,64}", re.ASCII)
 USE_IS_NOTED_EVERY = 60.0
 _NO_HASH = "0" * 64
@@ -82,7 +84,7 @@ def create_key(
     values = {**vars(row), "scopes": ",".join(given), "sha256": _hash(secret)}
     with database.write() as connection:
         connection.execute(insert(keys).values(values))
-    return row, f"ftk_{key}_{secret}"
+    return row, f"{_PREFIX}ftk_{key}_{secret}"
 
 
 def check_key(database: Database, text: str) -> Key:

@@ -209,6 +209,8 @@ _SENTENCES: dict[str, Callable[[Event, int | None], str]] = {
     "data_ready": _counted,
     "engine_loaded": partial(_say, "The model is loaded: {trainable:,} parameters to train, in {dtype}"),
     "working": _working,
+    "waiting": partial(_say, "Waiting for {what}"),
+    "saved_on_service": partial(_say, "Checkpoint {name} lies on the service"),
     "step_done": partial(_say, "Step {step}{of}: training loss {loss:.4f}"),
     "evaluated": partial(_say, "Step {step}{of}: held-out loss {loss:.4f}, token accuracy {token_accuracy:.1%}"),
     "checkpoint_saved": _saved,

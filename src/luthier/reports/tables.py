@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,8 @@ def list_facts(report: Report) -> list[Fact]:
         facts.append(Fact("held-out loss", show_number(kept.loss), since))
         if report.is_paired and "reward_accuracy" in kept.metrics:
             facts.append(Fact("better answer preferred", show_share(kept.metrics["reward_accuracy"], 1), "held out"))
+        elif math.isnan(kept.token_accuracy):
+            facts.append(Fact("perplexity", show_number(kept.perplexity, 4), "held out"))
         else:
             right = show_share(kept.token_accuracy, 1)
             facts.append(Fact("tokens right", right, f"held out; perplexity {show_number(kept.perplexity, 4)}"))

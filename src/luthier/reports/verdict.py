@@ -59,6 +59,8 @@ def _ending_verdict(report: Report) -> Verdict | None:
 def find_artefact(report: Report) -> Verdict:
     """Is the artefact what was trained?"""
     certificate = report.certificate
+    if certificate is None and (why := report.lineage.get("uncertified")):
+        return Verdict("open", f"Not certified: {why}.")
     if certificate is None:
         return Verdict("open", "No certificate yet.", f"luthier verify {report.folder}")
     count = len(certificate.claims)
@@ -152,6 +154,8 @@ def _fallen(report: Report, evaluations: list[Evaluation], last: Evaluation) -> 
     ended = "Stopped early" if report.ending.reason == "early_stop" else "Trained to the end"
     first = evaluations[0]
     accuracy = f"{show_share(last.token_accuracy, 1.0)} of held-out tokens predicted right"
+    if math.isnan(last.token_accuracy):  # a service does not say which token was likeliest
+        accuracy = f"perplexity {show_number(last.perplexity, 4)}"
     if first is last or first.loss <= last.loss:
         return f"{ended}: held-out loss is {show_number(last.loss)}, {accuracy}"
     return (

@@ -55,6 +55,8 @@ def show_signed(value: float | None, digits: int = 3) -> str:
 def show_share(part: float, whole: float) -> str:
     """A share in per cent; what is more than nothing never shows as 0 %."""
     share = part / whole if whole else 0.0
+    if math.isnan(share):
+        return MISSING
     if 0 < share < 0.001:
         return "< 0.1 %"
     return f"{share:.0%}".replace("%", " %") if share in (0, 1) else f"{share:.1%}".replace("%", " %")

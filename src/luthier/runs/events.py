@@ -78,6 +78,26 @@ class Working(Event):
 
 
 @dataclass(frozen=True)
+class Waiting(Event):
+    """Something is waited for that a service elsewhere does; what it says of its queue, and why."""
+
+    kind: ClassVar[str] = "waiting"
+    what: str
+    seconds: float
+    state: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SavedOnService(Event):
+    """A checkpoint lies on the service that trains, under these paths."""
+
+    kind: ClassVar[str] = "saved_on_service"
+    name: str
+    paths: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class StepDone(Event):
     """An optimizer step was taken; steps count from 1."""
 
@@ -218,6 +238,7 @@ _SECRETS = re.compile(
     r"hf_(?:[A-Za-z0-9]{20,}|(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})"
     r"|sk-[A-Za-z0-9_-]{12,}"
     r"|ftk_[A-Za-z0-9_]{12,}"
+    r"|tml-[A-Za-z0-9_-]{12,}"
     r"|[Bb]earer\s+[A-Za-z0-9._~+/=-]{6,}"
     r")"
 )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 _NOT_BASE = ("manifest.json", "certificate.json", "consolidated*.safetensors")
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "numpy", "safetensors", "tokenizers")
-_PACKAGES_OF = {"trl": ("accelerate", "peft", "trl"), "mlx": ("mlx", "mlx-lm")}
+_PACKAGES_OF = {"trl": ("accelerate", "peft", "trl"), "mlx": ("mlx", "mlx-lm"), "tinker": ("tinker",)}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _RACY_SECONDS = 2.0

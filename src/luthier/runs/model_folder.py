@@ -18,6 +18,8 @@ from luthier.errors import ModelError
 from luthier.runs.layout import PRACTICE
 
 MODELS_VARIABLE = "LUTHIER_MODELS"
+OFFERED = "offered.json"
+"""In a models folder: names of models that lie elsewhere, and where. Whoever runs the server wrote it."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FT_ID = re.compile(r"ft:[\w./-]{1,200}(?::[\w.-]{1,64}){1,3}")
 _MODEL_TYPE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -35,9 +37,11 @@ def models_folder() -> Path | None:
 
 
 def find_in_models(name: str, models: Path | None) -> Path | None:
-    """The folder of `org/name` in it; one that is a link out of it is refused."""
+    """The folder of `org/name` in it, or that it says lies elsewhere; one that is a link out of it is refused."""
     if models is None or not _is_hub_id(name):
         return None
+    if isinstance(offered := read_object(models / OFFERED).get(name), str):
+        return Path(offered)
     folder = models / name
     if not folder.is_dir():
         return None
@@ -64,15 +68,18 @@ def list_in_models(models: Path | None) -> list[str]:
     if models is None or not models.is_dir():
         return []
     found = (path.parent.relative_to(models).as_posix() for path in models.glob("*/*/config.json"))
-    return sorted(name for name in found if _is_hub_id(name))
+    return sorted({*filter(_is_hub_id, found), *read_object(models / OFFERED)})
 
 
 def check_model_folder(folder: Path, within: Path | None = None) -> None:
     """Refuse a folder that a server must not train from: code in it, pickled weights, links that lead out, no weights.
 
-    Cheap: it lists names and reads the small JSON files.
+    Cheap: it lists names and reads the small JSON files. A folder that was offered from elsewhere may hold links as
+    far as its own `org/name` lies, as those of a hub's cache do.
     """
     root = (within or folder).resolve()
+    if not folder.resolve().is_relative_to(root):
+        root = folder.resolve().parent.parent
     names = sorted(folder.iterdir())
     for path in names:
         suffix = path.suffix.lower()

@@ -12,13 +12,15 @@ import orjson
 
 from luthier.errors import RunError
 from luthier.runs.home import luthier_home
-from luthier.runs.layout import CONFIG, model_id
+from luthier.runs.layout import CONFIG, LINEAGE, model_id
 from luthier.runs.lineage import read_lineage
 from luthier.runs.manifest import storage_errors, write_durably
 
 if TYPE_CHECKING:
     from luthier.runs.run import Run
 
+_LIVE = "live"
+"""The folder below LUTHIER_HOME where the server keeps what its clients train."""
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
@@ -79,6 +81,16 @@ def find_model(name: str) -> ModelEntry | None:
     """The run of an `ft:` id, or of a run's own id."""
     run = last_part(name)
     return _read(_path(run)) if _SAFE_ID.fullmatch(run) else None
+
+
+def find_live_adapter(name: str) -> Path | None:
+    """The adapter of an `ft:` id that a client trained on this machine's server, step by step and without a run."""
+    if not name.startswith("ft:"):
+        return None
+    for path in luthier_home().glob(f"{_LIVE}/*/*_*/{LINEAGE}"):
+        if read_lineage(path.parent).get("model") == name:
+            return path.parent
+    return None
 
 
 def list_children(entry: ModelEntry) -> list[ModelEntry]:

@@ -19,7 +19,7 @@ from luthier.runs.model_folder import (
     models_folder,
     read_object,
 )
-from luthier.runs.models import find_model, last_part, list_models
+from luthier.runs.models import find_live_adapter, find_model, last_part, list_models
 from luthier.spec.method import QloraMethod
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ def _resolve(base: str, wanted: _Wanted) -> ResolvedModel:
     if path.is_dir():
         return _from_folder(path, wanted, base)
     entry = find_model(base) if base.startswith("ft:") or "/" not in base else None
+    if not entry and (live := find_live_adapter(base)):
+        return _over_named_base(live, wanted, base)
     if entry or base.startswith("ft:"):
         return _from_run(_open(base), wanted)
     if base.startswith((".", "/", "~")) or not HUB_ID.fullmatch(base):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -15,6 +16,7 @@ from fastapi.openapi.utils import get_openapi
 
 import luthier
 from luthier.errors import LuthierError
+from luthier.live.retention import sweep as sweep_live
 from luthier.server.guard import Guard
 from luthier.server.own_shapes import Problem
 from luthier.server.problems import answers, dialect_of, register_problems
@@ -34,6 +36,7 @@ ROUTES = (
     ("luthier.server.routes.own_files", OWN),
     ("luthier.server.routes.own_admin", OWN),
     ("luthier.server.routes.openai.every", "/v1"),
+    ("luthier.server.routes.tinker.every", "/api/v1"),
     ("luthier.server.routes.learning.every", "/api"),
     ("luthier.server.routes.learning.every", "/api/v1"),
     ("luthier.server.routes.chat", "/v1"),
@@ -44,6 +47,7 @@ _SWEEP_SECONDS = 3600.0
 _KEYED = (401, 429)
 _EVERY = (400, 403, 414, 421, 503)
 """What any route may answer besides what it says itself."""
+_SCHEMAS = "#/components/schemas/"
 _VERBS = ("get", "head", "post", "put", "patch", "delete")
 
 
@@ -94,6 +98,8 @@ async def _sweep(service: Service) -> None:
         try:
             await run_in_threadpool(service.jobs.sweep)
             await run_in_threadpool(service.files.sweep)
+            await run_in_threadpool(service.live.sweep)
+            await run_in_threadpool(sweep_live, service.live.store)
         except LuthierError as error:
             log.warning("sweeping failed: %s", error.message)
         except Exception:  # the edge of this task: the next hour tries again
@@ -112,13 +118,14 @@ def _document(app: FastAPI) -> dict[str, Any]:
         for path, item in made["paths"].items():
             for verb in _VERBS:
                 if verb in item:
+                    _name_body(item[verb], schemas)
                     _add_failures(path, item[verb])
         app.openapi_schema = made
     return app.openapi_schema
 
 
 def _add_shapes(schemas: dict[str, Any]) -> None:
-    reference = "#/components/schemas/{model}"
+    reference = _SCHEMAS + "{model}"
     for shape in (Problem, RunSpec):
         made = shape.model_json_schema(ref_template=reference)
         schemas.update(made.pop("$defs", {}))
@@ -146,9 +153,25 @@ def _add_shapes(schemas: dict[str, Any]) -> None:
         schemas.pop(unused, None)
 
 
+def _name_body(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+    """A body whose route reads it itself stands in the operation whole; it goes where all others are, under its name.
+
+    The shapes inside it do too: a reference into the body itself leads nowhere in this document.
+    """
+    given = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+    whole = given.get("schema", {})
+    if "title" not in whole:
+        return
+    text = json.dumps(whole).replace("#/$defs/", _SCHEMAS)
+    shape = json.loads(text)
+    for name, inner in {**shape.pop("$defs", {}), shape["title"]: shape}.items():
+        assert schemas.setdefault(name, inner) == inner, f"two shapes are called {name}"
+    given["schema"] = {"$ref": _SCHEMAS + shape["title"]}
+
+
 def _add_failures(path: str, operation: dict[str, Any]) -> None:
     shape = {"own": "Problem", "openai": "OpenAIProblem", "synth": "SynthProblem"}[dialect_of(path)]
-    schema = {"$ref": f"#/components/schemas/{shape}"}
+    schema = {"$ref": _SCHEMAS + shape}
     statuses = {*_EVERY, *(_KEYED if operation.get("security") else ())}
     if "parameters" in operation or "requestBody" in operation:
         statuses.add(422)

@@ -84,10 +84,10 @@ def open_artefact(run: Path, path: str) -> tuple[BinaryIO, Found]:
     found = next((each for each in list_artefacts(run) if each.path == path), None) if _is_plain(path) else None
     if found is None:
         raise NotFoundError(f"this job has no artefact {path[:200]!r}", hint="`.../artefacts` lists those there are")
-    return _open_inside(run, path), found
+    return open_inside(run, path), found
 
 
-def _open_inside(run: Path, path: str) -> BinaryIO:
+def open_inside(run: Path, path: str) -> BinaryIO:
     """Open step by step from the folder down; a link on the way, put there by whoever, is not followed."""
     *folders, name = path.split("/")
     place = os.open(run, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -33,7 +33,10 @@ _HEADERS = {
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _OVERHEAD = 1 << 20
 """What a form may add to its file."""
-_TYPES = ("application/json", "multipart/form-data", "application/octet-stream")
+_PROTOBUF = "application/x-protobuf"
+_TYPES = ("application/json", "multipart/form-data", "application/octet-stream", _PROTOBUF)
+_LIVE = ("/api/v1/forward_backward", "/api/v1/forward", "/api/v1/asample")
+"""Where a Tinker client sends its data, as protobuf or, before 0.25, as JSON."""
 _LONGEST_PATH = 4096
 
 
@@ -86,6 +89,8 @@ class Guard:
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         if has_body and kind not in _TYPES:
             raise problem(415, f"a body of the type {kind[:64]!r}", hint="send application/json, or a file as a form")
+        if path in _LIVE and kind in (_TYPES[0], _PROTOBUF):
+            return limits.live_bytes
         if kind in _TYPES[1:]:
             if path.endswith("/parts"):
                 return limits.part_bytes + _OVERHEAD

@@ -152,12 +152,15 @@ def _of_validation(items: Sequence[Any]) -> LuthierError:
     """Every wrong part of a request in one message, without what was sent: it may be large, or secret."""
     found = []
     for item in items:
-        place = ".".join(str(step) for step in item["loc"] if step not in ("body", "query", "path"))
+        steps = item["loc"][1:] if item["loc"] and item["loc"][0] in ("body", "query", "path") else item["loc"]
+        place = ".".join(map(str, steps))
         text = str(item["msg"]).lower()
         if item["type"] == "extra_forbidden":
             text = "is not known here"
         elif item["type"] == "missing":
             text = "is missing"
+        elif item["type"] == "string_pattern_mismatch":
+            text = f"is not of the form `{item['ctx']['pattern']}`"
         found.append((place, f"`{place}` {text}" if place else text))
     message = "; ".join(text for _, text in found) or "the request cannot be read"
     raised = problem(422, message, param=found[0][0] if found else None)

@@ -18,10 +18,13 @@ from luthier.jobs.files import FileStore, Incoming, StoredFile
 from luthier.jobs.job import WorkerRow
 from luthier.jobs.queue import Queue
 from luthier.jobs.store import JobStore
+from luthier.live.rows import SCHEME, WEIGHTS, Checkpoint
+from luthier.live.store import LiveStore
 from luthier.runs.layout import checkpoint_name
 from luthier.server.auth import Keyring
 from luthier.server.checks import FileChecks
 from luthier.server.limits import Traffic
+from luthier.server.live import Live, open_live
 from luthier.server.metrics import Metrics
 from luthier.server.problems import problem
 from luthier.server.settings import Settings
@@ -52,6 +55,8 @@ class Service:
     checks: FileChecks
     hosts: Hosts = field(init=False)
     """Opened with the event loop. The model processes that answer chats; see `luthier.host`."""
+    live: Live = field(init=False)
+    """Opened with it. Models that clients train step by step."""
     is_draining: bool = field(default=False)
     _workers: Sequence[WorkerRow] = field(default=(), init=False)
     _workers_at: float = field(default=float("-inf"), init=False)
@@ -68,8 +73,32 @@ class Service:
             self._workers, self._workers_at = self.queue.list_workers(), now
         return self._workers
 
+    def find_live(self, project: str, model: str) -> Checkpoint | None:
+        """The weights that a client of the live service saved under this `ft:` id or `tinker://` path, if it is one."""
+        store = LiveStore(self.database, self.home)
+        try:
+            if model.startswith(SCHEME):
+                return store.find_checkpoint(project, model)
+            if model.startswith("ft:"):
+                return store.find_checkpoint_model(project, model)
+        except NotFoundError:
+            return None
+        return None
+
     def find_weights(self, project: str, model: str) -> Path:
-        """The folder of a result of the project: its job's run folder, or the checkpoint that `:ckpt-step-N` names."""
+        """The folder of a result of the project: its job's run folder, or the checkpoint that `:ckpt-step-N` names.
+
+        What a client trained live is one, too.
+        """
+        if live := self.find_live(project, model):
+            if live.kind == WEIGHTS:
+                raise problem(
+                    400,
+                    f"`{model[:200]}` is a state to train on from, not a model to ask",
+                    hint="save it with `save_weights_for_sampler`",
+                    param="model",
+                )
+            return self.home / live.folder
         name, colon, checkpoint = model.rpartition(":")
         step = checkpoint.removeprefix(_CHECKPOINT) if colon and checkpoint.startswith(_CHECKPOINT) else ""
         try:
@@ -88,12 +117,18 @@ class Service:
         """Called inside the event loop, to which they belong."""
         settings = self.settings
         self.hosts = Hosts(
-            settings.home, models=settings.models, idle_seconds=settings.host_idle_seconds, most=settings.hosts
+            settings.home,
+            models=settings.models,
+            idle_seconds=settings.host_idle_seconds,
+            most=settings.hosts,
+            precision=settings.precision,
         )
+        self.live = open_live(self)
 
     async def close(self) -> None:
         """After the last answer."""
         await run_in_threadpool(self.checks.close)
+        await self.live.close()
         await self.hosts.close()
         self.database.close()
 
@@ -108,6 +143,8 @@ class Service:
         """Asked to end: streams are closed, so that their clients go on elsewhere; other requests are finished."""
         self.is_draining = True
         self.feeds.close()
+        if "live" in vars(self):  # a signal may come before the event loop does
+            self.live.drain()
 
 
 def _no_model(model: str) -> LuthierError:

@@ -29,6 +29,22 @@ class Limits:
     """One of those parts."""
     json_bytes: int = 4 * MEBIBYTE
     """The body of any other request."""
+    live_bytes: int = 64 * MEBIBYTE
+    """The body of a request that brings data to a model which a client trains step by step."""
+    live_models: int = 256
+    """Such models of one project, in sessions that go on."""
+    live_waiting: int = 4096
+    """Commands to such models of one project that wait."""
+    live_samples: int = 8192
+    """Sampling requests of one project that wait."""
+    live_open: int = 64
+    """Such models in the memory of one base model's process; others wait on the disk for their turn."""
+    live_snapshot_seconds: float = 20.0
+    """Work on such a model that a crash may have to repeat."""
+    live_settle_seconds: float = 10.0
+    """How long such a model is idle before its state is put on the disk."""
+    live_idle_seconds: float = 300.0
+    """How long it is idle before it leaves the memory."""
     requests_per_second: float = 500.0
     """Requests of one key, on average."""
     requests_at_once: int = 2000
@@ -57,6 +73,8 @@ class Settings:
     """A folder laid out `org/name` in which names of models are looked up first."""
     allowed_models: tuple[str, ...] = ()
     """Patterns of the base models that jobs may name (`Qwen/*`); none: every name `org/name`."""
+    folders: Mapping[str, str] = field(default_factory=dict)
+    """Names of models that lie in folders of their own: `org/name`, and the folder's own path, to which they lead."""
     offers: Mapping[str, str] = field(default_factory=dict)
     """Kinds of accelerator that clients ask for, and what they get instead (`H100` to `cpu`)."""
     allowed_hosts: tuple[str, ...] = ()
@@ -69,6 +87,8 @@ class Settings:
     """Base models kept in memory at a time, to chat with."""
     host_idle_seconds: float = 600.0
     """How long one that nobody asks is kept."""
+    precision: str = "auto"
+    """The number format that those compute in: `fp32`, `bf16`, or `auto`, what the machine computes best in."""
     limits: Limits = Limits()
     timings: Timings = field(default_factory=Timings)
     log_requests: bool = False
@@ -80,6 +100,8 @@ class Settings:
 
     def allows(self, base: str) -> bool:
         """Whether jobs may start from this base model; a result of an earlier job is checked by its own base."""
+        if base in self.folders:
+            return True
         if base.startswith("ft:") or not _is_name(base):
             return False
         return not self.allowed_models or any(fnmatch.fnmatchcase(base, each) for each in self.allowed_models)

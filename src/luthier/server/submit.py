@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from pydantic import ValidationError
 
-from luthier.engines.registry import ENGINES
+from luthier.engines.registry import LOCAL
 from luthier.errors import DataError, DiskFullError, NotFoundError, SpecError
 from luthier.jobs.capacity import Needs, check_asked, read_capacity, read_needs
 from luthier.jobs.job import Idempotency, Job, NewJob, Quota
@@ -89,8 +89,8 @@ def _not_for_servers(spec: RunSpec) -> list[tuple[str, str]]:
             found.append((f"output.{key}", "names a place on the server's disk; download the result instead"))
     if spec.data.train is None:
         found.append(("data.train", "is missing: it is the id of a file that was sent before"))
-    if spec.engine.kind not in ENGINES:
-        found.append(("engine.kind", f'is "{spec.engine.kind}"; this server trains with {", ".join(ENGINES)}'))
+    if spec.engine.kind not in LOCAL:
+        found.append(("engine.kind", f'is "{spec.engine.kind}"; this server trains with {", ".join(LOCAL)}'))
     return found
 
 
@@ -117,10 +117,16 @@ def _at(param: str, expected: str, found: object) -> SpecError:
 def _check_base(service: Service, key: Key, spec: RunSpec) -> None:
     """The base is one that this server gives, or a result of the project's own that starts from one."""
     base = spec.model.base
+    folders = service.settings.folders
+    if base.startswith("/") and base in folders:
+        named = next(name for name, each in folders.items() if each == folders[base] and name != base)
+        raise _no_model(base, f"jobs call this model `{named}`; its path is for clients that train it live")
     if base.startswith("ft:"):
         service.find_weights(key.project, base)
-        base = _first_base(base)
-    check_name(base)
+        live = service.find_live(key.project, base)
+        base = live.base if live else _first_base(base)
+    if base not in folders:
+        check_name(base)
     if not service.settings.allows(base):
         patterns = ", ".join(service.settings.allowed_models) or f"`org/name` and `{PRACTICE}`"
         raise _no_model(base, f"this server gives: {patterns}")

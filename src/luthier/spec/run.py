@@ -18,6 +18,7 @@ from luthier.spec.optim import Optim
 from luthier.spec.output import Output
 from luthier.spec.parallelism import find_parallel_contradictions
 from luthier.spec.part import Part
+from luthier.spec.tinker import find_beyond_tinker
 
 IN_ONE_PROCESS = ("mlx", "tinker")
 """Engines that do not share a step over processes."""
@@ -92,15 +93,15 @@ def find_contradictions(spec: RunSpec) -> list[tuple[str, str]]:
 
 def _beyond_engine(spec: RunSpec) -> list[tuple[str, str]]:
     """What the chosen engine cannot honour; an error and never ignored."""
-    kind, method = spec.engine.kind, spec.method.kind
+    kind = spec.engine.kind
     found = []
-    if kind == "tinker" and method in ("full", "qlora"):
-        found.append(("method.kind", f'engine `tinker` trains LoRA only, found "{method}"'))
+    if kind != "tinker" and spec.engine.model is not None:
+        found.append(("engine.model", f"names a model of a Tinker service, and the engine is `{kind}`"))
     if kind in IN_ONE_PROCESS and spec.compute.processes > 1:
         found.append(("compute.processes", f"engine `{kind}` runs in one process"))
     if kind != "mlx" and isinstance(spec.method, QloraMethod) and spec.method.bits != 4:
         found.append(("method.bits", f"engine `{kind}` holds a base in 4-bit NF4; 8 bits are of engine `mlx`"))
-    beyond = {"trl": _beyond_trl, "mlx": _beyond_mlx}.get(kind)
+    beyond = {"trl": _beyond_trl, "mlx": _beyond_mlx, "tinker": find_beyond_tinker}.get(kind)
     return found + (beyond(spec) if beyond else [])
 
 

@@ -144,6 +144,11 @@ class Course:
             self.end_stopped()
         return None
 
+    def goes_straight_on(self, step: int) -> bool:
+        """Whether this step follows the one before it with nothing to be done between them."""
+        every = (self.spec.evaluate.every_steps, self.spec.output.save_every_steps)
+        return step < self.plan.steps and not self.stop and not any(each and step % each == 0 for each in every)
+
     def close(self) -> Outcome:
         """How it ended, once everything that was saved is durable."""
         assert self._outcome is not None, "the course has not ended"
@@ -250,7 +255,8 @@ class Course:
             self.progress.skipped += 1
             return
         self.progress.step = step
-        self._save(wait=True)
+        if not self._trainee.facts.runs_ahead:  # there it has gone on from it, and the checkpoint before stands
+            self._save(wait=True)
         more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
         raise NonFiniteError(
             f"step {step + 1}: the {what} is not finite; its rows: {', '.join(rows[:_SHOWN_ROWS])}{more}",

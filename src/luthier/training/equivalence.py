@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.engines.registry import ENGINES, find_missing
+from luthier.engines.registry import ENGINES, LOCAL, find_missing
 from luthier.engines.surroundings import release_memory
 from luthier.engines.verbs import Ints
 from luthier.errors import CallError, ProofError, SpecError, UnsupportedError
@@ -32,18 +32,22 @@ class Trace:
 
     engine: str
     losses: list[float] = field(default_factory=list)
+    most: int | None = None
+    """How many steps are looked at; an engine that runs ahead may take one more."""
     _tokens: dict[int, set[bytes]] = field(default_factory=lambda: defaultdict(set))
     _mask: dict[int, set[bytes]] = field(default_factory=lambda: defaultdict(set))
 
     def hear(self, step: int, tokens: Ints, trained: Ints) -> None:
         """A sequence of a step, as it was handed to the engine: its token ids and which of them are trained."""
+        if self.most is not None and step >= self.most:
+            return
         ids = hashlib.sha256(np.asarray(tokens, "<i8").tobytes()).digest()
         self._tokens[step].add(ids)
         self._mask[step].add(hashlib.sha256(ids + np.sort(np.asarray(trained, "<i8")).tobytes()).digest())
 
     def watch(self, event: events.Event) -> None:
         """Take the loss of each step."""
-        if isinstance(event, events.StepDone):
+        if isinstance(event, events.StepDone) and (self.most is None or len(self.losses) < self.most):
             self.losses.append(event.loss)
 
     @property
@@ -120,7 +124,7 @@ def prove_engines(make: MakeWork, engines: Sequence[str] | None, *, steps: int, 
     traces: list[Trace] = []
     left_out: dict[str, str] = {}
     with in_scratch() as folder:
-        for name in engines or ENGINES:
+        for name in engines or LOCAL:
             if missing := find_missing(name):
                 left_out[name] = f"not installed; run: {missing}"
                 continue
@@ -154,7 +158,7 @@ def _settle(make: MakeWork) -> dict[str, object]:
 
 
 def _trace(work: Work, steps: int) -> Trace:
-    trace, stop = Trace(work.plan.spec.engine.kind), StopFlag()
+    trace, stop = Trace(work.plan.spec.engine.kind, most=steps), StopFlag()
 
     def watch(event: events.Event) -> None:
         trace.watch(event)

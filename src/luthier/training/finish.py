@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from luthier.data.prepared import Prepared
+from luthier.engines.tinker.saving import find_place
 from luthier.engines.verbs import Trainee
-from luthier.errors import NothingLearnedError
+from luthier.errors import NothingLearnedError, ServerError
 from luthier.runs import events
 from luthier.runs.checkpoints import CheckpointStore
 from luthier.runs.layout import FINAL_LORA_WEIGHTS, FINAL_MODEL, PROBE
 from luthier.runs.lineage import list_versions, write_lineage
 from luthier.runs.manifest import read_manifest, seal, write_durably
 from luthier.runs.models import register
-from luthier.runs.resolve import ResolvedModel
+from luthier.runs.resolve import ADAPTER_CONFIG, ResolvedModel
 from luthier.runs.run import Run, write_training_log
 from luthier.spec.method import AdapterKeys
 from luthier.spec.plan import RunPlan
@@ -38,21 +39,31 @@ def write_results(
     """Final weights and everything that tells of them; the weights as they now stand in the engine."""
     is_adapter = isinstance(plan.spec.method, AdapterKeys)
     final = run.folder / (FINAL_LORA_WEIGHTS if is_adapter else FINAL_MODEL)
-    weights = engine.save("weights")
+    weights = engine.save("final")
     metrics = find_metrics(progress)
 
     def write(draft: Path) -> None:
         weights.write(draft)
-        check_learned(draft, None if is_adapter else resolved.folder)
+        if not is_adapter or (draft / ADAPTER_CONFIG).is_file():
+            check_learned(draft, None if is_adapter else resolved.folder)
         if not is_adapter:
             copy_text_files(resolved.folder, draft)
             copy_template(plan.spec.model.chat_template, draft)
         write_card(draft, _card(run, plan, resolved, metrics))
 
     seal(final, write, {"step": progress.step, "kind": final.name})
+    if is_adapter and not (final / ADAPTER_CONFIG).is_file():
+        place = find_place(final)
+        write_lineage(
+            run, {"uncertified": f"the weights are on the service alone: {place.not_fetched if place else ''}"}
+        )
+        return final
     template = Path(plan.spec.model.chat_template) if plan.spec.model.chat_template else None
     text = read_text_facts(resolved.folder, template)
-    write_probe(run.folder / PROBE, engine, prepared, _vocabulary(resolved.folder), text)
+    try:
+        write_probe(run.folder / PROBE, engine, prepared, _vocabulary(resolved.folder), text)
+    except ServerError as error:
+        write_lineage(run, {"uncertified": f"the service did not say how likely every token is: {error.message}"})
     return final
 
 
@@ -74,7 +85,8 @@ def close_run(
 
     The event that it is finished comes last: until then a resume does all of this again.
     """
-    watch(events.MemoryMeasured(plan.memory.total_bytes, peak_bytes))
+    if plan.memory.items:
+        watch(events.MemoryMeasured(plan.memory.total_bytes, peak_bytes))
     write_training_log(run)
     finished = events.utc_now().isoformat(timespec="seconds")
     more: dict[str, Any] = {"metrics": find_metrics(progress), "finished": finished, "steps": outcome.step}

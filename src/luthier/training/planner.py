@@ -31,6 +31,8 @@ from luthier.training.memory import (
     read_speed,
 )
 from luthier.training.parallel import settle_parallelism
+from luthier.weights.groups import list_left_out
+from luthier.weights.sketch import read_or_sketch
 from luthier.weights.tensors import (
     ModelShape,
     build_model_shape,
@@ -46,7 +48,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PAIRS = ("dpo", "simpo", "orpo")
 _WARMUP_RATIO = 0.03
-_MOST_TOKENS = {"cpu": 4096, "cuda": 16384, "metal": 8192}
+_MOST_TOKENS = {"cpu": 4096, "cuda": 16384, "metal": 8192, "service": 65536}
 # A choice of ours leaves this share of the memory alone; what the person fixed may take all of it.
 _USED_SHARE = 0.9
 _COMFORTABLE_SHARE = 0.5
@@ -61,6 +63,8 @@ def plan_run(spec: RunSpec, prepared: Prepared, model_folder: Path, home: Path) 
 
 def _read_model(spec: RunSpec, folder: Path) -> ModelShape:
     base = spec.model.base
+    if spec.engine.kind == "tinker":
+        return read_or_sketch(folder, base)
     if has_weights(folder) or not _HUB_ID.fullmatch(base) or Path(base).is_dir():
         return read_model_shape(folder)
     # The hub's own cache names the folder by the commit, which is what will be trained.
@@ -75,6 +79,8 @@ def build_plan(
     draft = _Draft(absolute_paths(spec, Path.cwd()), [], model, machine, home)
     _check_quantised(draft)
     _check_devices(draft)
+    if draft.spec.engine.kind == "tinker":
+        return _plan_elsewhere(draft, prepared)
     compute, noted = settle_parallelism(draft.spec, machine)
     draft.spec = draft.spec.model_copy(update={"compute": compute})
     draft.decisions += noted
@@ -104,6 +110,57 @@ def build_plan(
         memory_key=draft.memory_key,
         speed_key=draft.speed_key,
     )
+
+
+def _plan_elsewhere(draft: _Draft, prepared: Prepared) -> RunPlan:
+    """The plan of a run on a service, which takes none of this machine's memory."""
+    sizes = _measure(draft.spec, prepared)
+    if draft.spec.compute.precision == "auto":
+        reason = "what services compute in; the certificate allows for it"
+        draft.decide("compute.precision", "bf16", reason)
+    _decide_method(draft, sizes)
+    method, model = draft.spec.method, draft.model
+    assert isinstance(method, LoraMethod)
+    if method.dropout > 0:
+        draft.decide("method.dropout", 0.0, "a Tinker service has no dropout")
+    _check_groups(method, model)
+    steps, stream_end = _decide_schedule(draft, sizes)
+    if draft.spec.compute.micro_batch_tokens is None and draft.spec.optim.micro_batch is None:
+        budget = max(_MOST_TOKENS["service"], sizes.longest)
+        draft.decide("compute.micro_batch_tokens", budget, "as many as one request carries well")
+    evaluate, optim = draft.spec.evaluate, draft.spec.optim
+    key = f"service|{draft.spec.engine.model or draft.spec.model.base}|{draft.spec.objective.kind}"
+    speed = None if draft.home is None else read_speed(draft.home, key)
+    examples = steps * optim.batch if optim.steps > 0 else sizes.examples * optim.epochs
+    looked = sizes.valid_tokens * ((steps // evaluate.every_steps if evaluate.every_steps else 0) + 1)
+    tokens = sizes.tokens * examples / max(1, sizes.examples) + looked / 2
+    return RunPlan(
+        spec=draft.spec,
+        decisions=tuple(draft.decisions),
+        steps=steps,
+        train_examples=sizes.examples,
+        stream_end=stream_end,
+        tokens_per_epoch=sizes.tokens,
+        trained_tokens_per_epoch=sizes.trained_tokens,
+        total_parameters=model.total_parameters,
+        trainable_parameters=count_trainable(draft.spec.method, model).total if model.linears else 0,
+        memory=Memory({}, draft.machine.available_bytes, "a Tinker service"),
+        seconds=tokens / speed if speed else None,
+        device="service",
+        speed_key=key,
+    )
+
+
+def _check_groups(method: LoraMethod, model: ModelShape) -> None:
+    """A service adapts whole groups of layers, so targets that are a part of one are refused."""
+    if isinstance(method.targets, str):
+        return
+    if left := list_left_out(method.targets, [*model.linears, *_head(model)]):
+        raise UnsupportedError(
+            f"method.targets leaves out {', '.join(left)}: a Tinker service adapts all layers of a group, or none; the "
+            "groups are attention, the feed-forward part and the head",
+            hint='set method.targets = "auto", or name every layer of the groups that are meant',
+        )
 
 
 @dataclass
@@ -258,6 +315,8 @@ def _decide_method(draft: _Draft, sizes: _Sizes) -> None:
         method = draft.spec.method
     if isinstance(method, AdapterKeys) and method.targets == "auto":
         targets = draft.model.targets
+        if not targets and draft.spec.engine.kind == "tinker":
+            return  # the service knows the layers of its own models
         if not targets:
             raise UnsupportedError(
                 f"{draft.model.architecture}: no linear layers to adapt were found in its decoder layers",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from luthier.engines.registry import REMOTE
 from luthier.errors import CallError, ProofError, RunError
 from luthier.runs import events
 from luthier.runs.models import remove_model
@@ -112,9 +113,14 @@ def train_until(work: Work, step: int) -> Run:
 
 
 def _train(work: Work, *, resume: bool = False, until: int | None = None) -> Run:
-    """Train to the end, or to the step at which the proof stops it; a person may stop it anywhere."""
+    """Train to the end, or to the step at which the proof stops it; a person may stop it anywhere.
+
+    An engine that runs ahead has one more step on its way when it is stopped.
+    """
     outcome = train(work, resume=resume).outcome
-    if not outcome.is_done and outcome.step != until:
+    ahead = int(work.plan.spec.engine.kind in REMOTE)
+    expected = () if until is None else range(until, until + ahead + 1)
+    if not outcome.is_done and outcome.step not in expected:
         error = ProofError(f"stopped by {outcome.reason}: nothing was proved")
         error.exit_code = EXIT_CODES[outcome.reason]
         raise error

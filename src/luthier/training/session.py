@@ -13,7 +13,7 @@ import numpy as np
 
 from luthier.data.order import step_examples
 from luthier.data.prepared import Prepared
-from luthier.engines.registry import JOBS, find_engine
+from luthier.engines.registry import JOBS, REMOTE, find_engine
 from luthier.engines.verbs import Trainee
 from luthier.errors import DiskFullError, LuthierError, ResumeError, StorageError
 from luthier.runs import events
@@ -110,7 +110,7 @@ def _train(work: Work, *, resume: bool, changes: list[str]) -> Trained:
     point = _find_point(work, store, watch, changes) if resume else None
     try:
         with work.stop.at_once():
-            engine = _load_engine(work, watch)
+            engine = _load_engine(work, watch, is_new=point is None)
     except AskedToStop:
         return _stopped_early(work, watch, point)
     try:
@@ -199,10 +199,12 @@ def _find_point(work: Work, store: CheckpointStore, watch: Watch, changes: list[
     return point
 
 
-def _load_engine(work: Work, watch: Watch) -> Trainee:
+def _load_engine(work: Work, watch: Watch, *, is_new: bool) -> Trainee:
     started = time.monotonic()
-    build = find_engine(work.plan.spec.engine.kind)
-    engine: Trainee = build(work.plan, work.resolved, work.home, packed=work.packed)
+    kind = work.plan.spec.engine.kind
+    # What is far away tells what it waits for, and what goes on is made from its state.
+    more = {"watch": watch, "is_new": is_new} if kind in REMOTE else {}
+    engine: Trainee = find_engine(kind)(work.plan, work.resolved, work.home, packed=work.packed, **more)
     facts = engine.facts
     watch(events.EngineLoaded(time.monotonic() - started, facts.is_packed, facts.trainable_parameters, facts.precision))
     for note in facts.notes:

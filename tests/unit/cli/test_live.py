@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -185,3 +186,20 @@ def test_a_heart_beats_by_itself_and_stops(capsys: Captured, monkeypatch: pytest
 def test_a_handler_writes_past_every_stream(capfd: Any) -> None:
     tell_in_handler("SIGINT: stopping")
     assert capfd.readouterr().err == "SIGINT: stopping\n"
+
+
+def test_what_a_service_does_is_shown(clock: Clock, capsys: Captured) -> None:
+    live = Live(6, clock=clock)
+    paths = {"weights": "tinker://run/weights/step_0002", "sampler_weights": "tinker://run/sampler_weights/step_0002"}
+    for event in (
+        events.Waiting("forward_backward of step 2", 12.0, "paused_capacity", "too many models"),
+        events.SavedOnService("step_0002", paths),
+        events.Evaluated(2, 4.5254, 92.339, math.nan, 76, False),
+    ):
+        clock.now += 10
+        live(event)
+    assert capsys.readouterr().err.splitlines() == [
+        "waiting for forward_backward of step 2, 12 s (paused_capacity: too many models)",
+        f"saved on the service: {paths['weights']}, {paths['sampler_weights']}",
+        "step 2: held-out loss 4.5254  perplexity 92.339",
+    ]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from luthier.client.address import Address, find_address, list_env_files, read_env_file
+from luthier.client.address import Address, find_address, list_env_files
 from luthier.errors import CallError
+from luthier.runs.env_file import read_env_file
 
 URL = "http://127.0.0.1:8440"
 BARE = "http:" + "//"

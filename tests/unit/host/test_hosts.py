@@ -84,6 +84,28 @@ async def check_restart(hosts: Hosts, base: Place) -> None:
     assert (await hear(hosts, base, ask()))[-1].finish == "stop"
 
 
+def test_a_start_that_nobody_waits_for_leaves_no_process(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[asyncio.subprocess.Process] = []
+    start = asyncio.create_subprocess_exec
+
+    async def start_heard(*arguments: Any, **options: Any) -> asyncio.subprocess.Process:
+        started.append(await start(*arguments, **options))
+        has_started.set()
+        return started[-1]
+
+    async def work(hosts: Hosts) -> None:
+        asked = asyncio.create_task(hosts.bench(Place("practice")))
+        await has_started.wait()
+        asked.cancel()
+        await asyncio.wait({asked})
+        assert asked.cancelled()
+        assert [process.returncode for process in started] == [-signal.SIGKILL]
+
+    has_started = asyncio.Event()
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_heard)
+    with_hosts(own_home, work)
+
+
 def test_a_model_that_cannot_be_loaded_is_told(own_home: Path, tmp_path: Path) -> None:
     async def work(hosts: Hosts) -> None:
         with pytest.raises(LuthierError, match="no model at"):

@@ -19,8 +19,8 @@ from tests.unit.jobs.conftest import Clock
 
 def test_a_key_opens_what_it_was_made_for(database: Database) -> None:
     row, secret = create_key(database, "anna", ["submit", "read"], name="laptop")
-    assert re.fullmatch(r"ftk_[0-9A-Za-z]{12}_[0-9A-Za-z]{43}", secret)
-    for spelled in (secret, f"tml-{secret}"):
+    assert re.fullmatch(r"tml-ftk_[0-9A-Za-z]{12}_[0-9A-Za-z]{43}", secret)
+    for spelled in (secret, secret.removeprefix("tml-")):
         key = check_key(database, spelled)
         assert (key.id, key.project, key.scopes) == (row.id, "anna", {"read", "submit"})
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from luthier.reports.model import Report, read_report
 from luthier.reports.verdict import find_artefact, find_gain, find_verdict
+from luthier.runs.lineage import write_lineage
 from tests.unit.reports.made import Course, certificate, comparison, make_report, write_run
 
 
@@ -128,3 +131,18 @@ def test_a_good_run_is_better_and_certified(tmp_path: Path) -> None:
 def test_a_certificate_without_claims_proves_nothing(tmp_path: Path) -> None:
     assert find_artefact(judged(tmp_path / "run", None, {"valid": False, "claims": []})).mark == "bad"
     assert find_artefact(judged(tmp_path / "other", None, {"valid": True, "claims": []})).mark == "bad"
+
+
+def test_a_run_that_nothing_here_can_certify_says_why(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_lineage(run, {"uncertified": "the weights of its base are not on this machine"})
+    found = find_artefact(read_report(run))
+    assert (found.mark, found.sentence) == ("open", "Not certified: the weights of its base are not on this machine.")
+
+
+def test_an_engine_that_does_not_know_the_likeliest_token_is_judged_by_perplexity(tmp_path: Path) -> None:
+    report = make_report(tmp_path / "run")
+    unknown = tuple(replace(each, token_accuracy=math.nan) for each in report.evaluations)
+    verdict = find_verdict(replace(report, evaluations=unknown))
+    assert "held-out loss fell from 1.85 at step 10 to 0.5, perplexity " in verdict.sentence
+    assert "predicted right" not in verdict.sentence

@@ -39,7 +39,15 @@ def test_differences_carry_their_sign() -> None:
 
 @pytest.mark.parametrize(
     ("part", "whole", "shown"),
-    [(1, 2, "50.0 %"), (0, 5, "0 %"), (5, 5, "100 %"), (1, 5000, "< 0.1 %"), (0, 0, "0 %"), (999, 1000, "99.9 %")],
+    [
+        (1, 2, "50.0 %"),
+        (0, 5, "0 %"),
+        (5, 5, "100 %"),
+        (1, 5000, "< 0.1 %"),
+        (0, 0, "0 %"),
+        (999, 1000, "99.9 %"),
+        (math.nan, 1, "-"),
+    ],
 )
 def test_more_than_nothing_is_never_zero_per_cent(part: float, whole: float, shown: str) -> None:
     assert show_share(part, whole) == shown

@@ -36,6 +36,7 @@ def _wanted(asked: dict[str, Any]) -> Wanted:
         general=paths["general"],
         checks=_checks(asked["regex"], asked["json_schema"]),
         judge=_judge(asked["judge"], asked["judge_model"]),
+        on_service=asked["on_service"],
     )
 
 
@@ -43,6 +44,7 @@ def _wanted(asked: dict[str, Any]) -> Wanted:
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--base", metavar="MODEL", help="Compare with this model, instead of what each started from.")
 @click.option("--compare-base/--no-compare-base", "with_base", default=True, help="Ask the base too, or not.")
+@click.option("--on-service", is_flag=True, help="Let the Tinker service that trained a run answer for it.")
 @click.option("--prompts", metavar="FILE", help="Prompts to ask: a JSON list, JSON lines, or lines of text.")
 @click.option("--data", metavar="SOURCE", help="Rows with answers to ask; a run has its own, the rows it held out.")
 @click.option("-n", "rows", type=click.IntRange(1), metavar="N", help="Ask the first N only; of rows, 100 are asked.")

@@ -26,7 +26,12 @@ _FILE = click.Path(exists=True, dir_okay=False)
     "--models", type=_FOLDER, metavar="DIR", help="Folder laid out org/name; names of models lead there first."
 )
 @click.option(
-    "--model", type=_FOLDER, metavar="DIR", help="Give this one model, whose last two folders are its name (org/name)."
+    "--model",
+    "given",
+    type=_FOLDER,
+    multiple=True,
+    metavar="DIR",
+    help="Give this model, under its own path and under its last two folders (org/name); may be repeated.",
 )
 @click.option(
     "--allow", "allowed", multiple=True, metavar="MODEL", help="Base model that jobs may name, such as 'Qwen/*'."
@@ -41,6 +46,13 @@ _FILE = click.Path(exists=True, dir_okay=False)
 @click.option(
     "--hosts", default=2, show_default=True, type=click.IntRange(1, 64), help="Base models to chat with at a time."
 )
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    help="Number format of base models in memory.",
+)
 @click.option("--host-idle", default=600.0, show_default=True, help="Seconds until one that nobody asks is let go.")
 @click.option("--tls-cert", type=_FILE, metavar="FILE", help="Certificate, to speak TLS.")
 @click.option("--tls-key", type=_FILE, metavar="FILE", help="Its key.")
@@ -52,7 +64,7 @@ def command(
     host: str,
     port: int,
     models: Path | None,
-    model: Path | None,
+    given: tuple[Path, ...],
     allowed: tuple[str, ...],
     workers: int,
     offers: tuple[str, ...],
@@ -60,6 +72,7 @@ def command(
     allowed_hosts: tuple[str, ...],
     processes: int,
     hosts: int,
+    precision: str,
     host_idle: float,
     tls_cert: str | None,
     tls_key: str | None,
@@ -81,19 +94,22 @@ def command(
     from luthier.server.settings import Settings, read_limits, read_offers
 
     place = find_home(home)
-    folder, names = _one_model(model, models, allowed) if model else (models, allowed)
+    folders = _name_folders(given, models)
+    folder = _write_offered(place, folders) if folders else models
     settings = Settings(
         home=place,
         database=database_url(place, database),
         host=host,
         port=port,
         models=folder.absolute() if folder else None,
-        allowed_models=names,
+        allowed_models=(*allowed, *folders),
+        folders=folders,
         offers=read_offers(offers),
         allowed_hosts=allowed_hosts,
         workers=workers,
         processes=processes,
         hosts=hosts,
+        precision=precision,
         host_idle_seconds=host_idle,
         limits=read_limits(limits),
         log_requests=log_requests,
@@ -124,14 +140,35 @@ def _import_packages() -> None:
         import_extra(package, "server")
 
 
-def _one_model(model: Path, models: Path | None, allowed: tuple[str, ...]) -> tuple[Path, tuple[str, ...]]:
-    """A single model is its grandparent folder of which nothing else is given."""
+def _name_folders(given: tuple[Path, ...], models: Path | None) -> dict[str, str]:
+    """The names of single models, each with its folder: the folder's own path, and its last two parts."""
     from luthier.errors import CallError
 
-    if models is not None:
+    if given and models is not None:
         raise CallError("--model names one folder and --models a folder of many; give one of them")
-    folder = model.absolute()
-    return folder.parent.parent, (*allowed, f"{folder.parent.name}/{folder.name}")
+    folders: dict[str, str] = {}
+    for model in given:
+        folder = model.absolute()
+        for name in (str(folder), f"{folder.parent.name}/{folder.name}"):
+            if folders.setdefault(name, str(folder)) != str(folder):
+                raise CallError(
+                    f"--model {model}: {folders[name]} is offered as `{name}` already", hint="rename one of the folders"
+                )
+    return folders
+
+
+def _write_offered(home: Path, folders: dict[str, str]) -> Path:
+    """A models folder that holds nothing but where the single models lie."""
+    import orjson
+
+    from luthier.runs.manifest import write_durably
+    from luthier.runs.model_folder import OFFERED
+
+    place = home.absolute() / "offered"
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    named = {name: folder for name, folder in folders.items() if name != folder}
+    write_durably(place / OFFERED, orjson.dumps(named))
+    return place
 
 
 def _first_key(service: Service, settings: Settings) -> str | None:

@@ -21,6 +21,7 @@ from luthier.errors import UnsupportedError
 
 NAME = "luthier_packed"
 LAYOUT = "luthier_layout"
+_LANE_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,68 @@ class Layout:
         return torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=self.device)
 
 
+class Lane:
+    """The keys and values of one stream, layer by layer; there is room for some more than it has."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, module: torch.nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append those of new tokens, (1, heads, tokens, width); returns all of the layer's."""
+        end = self.length + key.shape[2]
+        keys, values = self._kept.get(id(module), (key, value))
+        if self.length == 0 or keys.shape[2] < end:
+            keys, values = (_with_room(each, self.length, end) for each in (keys, values))
+            self._kept[id(module)] = keys, values
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def copy(self) -> Lane:
+        """The same for another stream that goes on from here."""
+        other = Lane()
+        other.length = self.length
+        other._kept = {module: (keys.clone(), values.clone()) for module, (keys, values) in self._kept.items()}
+        return other
+
+
+def _with_room(kept: Tensor, length: int, end: int) -> Tensor:
+    wider = kept.new_empty(kept.shape[0], kept.shape[1], -(-(end + end // 4) // _LANE_STEP) * _LANE_STEP, kept.shape[3])
+    wider[:, :, :length] = kept[:, :, :length]
+    return wider
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Streams that take some more tokens: each sees what its lane holds and its own. The last may be of nothing."""
+
+    lengths: tuple[int, ...]
+    lanes: tuple[Lane | None, ...]
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        states: tuple[Tensor, Tensor, Tensor],
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """One layer for all of them, one after another: what a stream sees does not depend on the others."""
+        parts = zip(*(state.split(self.lengths, dim=2) for state in states), self.lanes, strict=True)
+        outputs = []
+        for query, key, value, lane in parts:
+            if lane is None:
+                outputs.append(torch.zeros_like(query))
+                continue
+            keys, values = lane.add(module, key, value)
+            if query.shape[2] == 1 and softcap is None:
+                outputs.append(_attend_last(query, keys, values, scaling, window))
+            else:
+                outputs.append(_attend(query, keys, values, scaling, window, softcap))
+        return torch.cat([each.transpose(1, 2) for each in outputs], dim=1)
+
+
 def lay_out(batch: Batch, device: torch.device) -> Layout:
     """The layout of a batch."""
     lengths = (batch.segments[:, 1] - batch.segments[:, 0]).tolist()
@@ -97,6 +160,8 @@ def packed_attention(
         if others.get(name) is not None:
             raise UnsupportedError(f"this model's attention needs `{name}`, which packed attention does not have")
     layout = others.get(LAYOUT) or Layout((query.shape[2],), (None,), query.device)
+    if isinstance(layout, Lanes):
+        return layout.attend(module, (query, key, value), scaling, sliding_window, softcap), None
     if query.is_cuda and softcap is None:
         attended = _on_cuda(layout, query, key, value, scaling, sliding_window)
     else:
@@ -139,6 +204,14 @@ def _attend(
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=is_grouped)
     mask = _mask(num_queries, num_keys, window, query.device)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=is_grouped)
+
+
+def _attend_last(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """One query that sees all keys; heads that share keys are queries of one head, which is much less work."""
+    if window is not None:
+        key, value = key[:, :, -window:], value[:, :, -window:]
+    grouped = query.reshape(1, key.shape[1], -1, query.shape[3])
+    return F.scaled_dot_product_attention(grouped, key, value, scale=scaling).reshape(query.shape)
 
 
 def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -78,15 +78,25 @@ class Head:
                 inner = slice(part.start - rows.start, part.stop - rows.start)
                 logprobs[part], pulled = self._pull_part(logits[inner], targets[part], slope[part])
                 by_logits[inner] = pulled
-            by_hidden[rows] = by_logits @ fixed
+            by_hidden[rows] = self._back(by_logits, hidden[rows], fixed)
             if weight in by_trained:
                 by_trained[weight] += by_logits.T @ hidden[rows]
             if bias in by_trained:
                 by_trained[bias] += by_logits.sum(0)
         return logprobs[:count], by_hidden[:count], by_trained
 
+    def _product(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight, getattr(self.module, "bias", None))
+
+    def _back(self, by_logits: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+        """The slope by the hidden states from that by the raw product."""
+        return by_logits @ weight
+
     def _logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        logits = F.linear(hidden, weight, getattr(self.module, "bias", None))
+        return self.shape(self._product(hidden, weight))
+
+    def shape(self, logits: Tensor) -> Tensor:
+        """The logits as the model gives them, from the raw product."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

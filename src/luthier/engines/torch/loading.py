@@ -177,11 +177,20 @@ def _apply_adapter(model: Any, folder: Path) -> None:
             if part == "lora_B":
                 continue
             if part == "lora_A":
+                _untie(model, modules[name])
                 weight = modules[name].weight
                 update = torch.from_numpy(tensors[f"{name}.lora_B"]) @ torch.from_numpy(value)
                 weight.copy_((weight.float() + config.scale * update.to(weight.device)).to(weight.dtype))
             else:
                 parameters[key].copy_(torch.from_numpy(value))
+
+
+def _untie(model: Any, module: Any) -> None:
+    """A head that an adapter changes is the embedding table no longer."""
+    if module is model.get_output_embeddings() and module.weight is model.get_input_embeddings().weight:
+        module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def _quantise(model: Any, double: bool, resolved: ResolvedModel, home: Path, *, kept: bool) -> None:
@@ -282,9 +291,16 @@ def run_base(loaded: Loaded, batch: Batch) -> Tensor:
     if loaded.is_packed:  # else there is one segment, and its positions are those that a model assumes
         arguments[attention.LAYOUT] = attention.lay_out(batch, device)
         arguments["position_ids"] = torch.from_numpy(batch.positions).to(device)[None]
-    output = _find_decoder(loaded.model)(
-        input_ids=torch.from_numpy(batch.tokens).to(device)[None], use_cache=False, **arguments
-    )
+    return _run(loaded, torch.from_numpy(batch.tokens).to(device), arguments)
+
+
+def run_lanes(loaded: Loaded, tokens: Tensor, positions: Tensor, lanes: attention.Lanes) -> Tensor:
+    """Hidden states of tokens that follow what lanes hold, which hold them too from then on: (tokens, width)."""
+    return _run(loaded, tokens, {attention.LAYOUT: lanes, "position_ids": positions[None]})
+
+
+def _run(loaded: Loaded, tokens: Tensor, arguments: dict[str, Any]) -> Tensor:
+    output = _find_decoder(loaded.model)(input_ids=tokens[None], use_cache=False, **arguments)
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 

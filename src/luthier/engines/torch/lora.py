@@ -89,7 +89,7 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear | FrozenLinear, rank: int, scale: float, dropout: Dropout, site: int) -> None:
         super().__init__()
-        self.base_weight = base.base_weight if isinstance(base, FrozenLinear) else _Plain(base.weight)
+        self.base_weight = base.base_weight if isinstance(base, FrozenLinear) else PlainWeight(base.weight)
         self.bias = None if base.bias is None else base.bias.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
         device = self.base_weight().device
@@ -120,7 +120,7 @@ class LoraLinear(nn.Module):
         return (base.to(_FLOAT) + update).to(base.dtype)
 
 
-class _Plain:
+class PlainWeight:
     """A frozen weight that lies in memory as it is used."""
 
     def __init__(self, weight: Tensor) -> None:

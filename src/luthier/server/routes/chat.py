@@ -16,6 +16,7 @@ from luthier.errors import LuthierError
 from luthier.host.ask import Ask, Said
 from luthier.host.place import Place, find_place
 from luthier.jobs.keys import Key
+from luthier.live.rows import SCHEME
 from luthier.runs.resolve import find_resolved
 from luthier.server.auth import Reader
 from luthier.server.chat import ChatRequest, Choice, read_asks, render_logprobs, render_usage
@@ -29,7 +30,7 @@ _SSE = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 @router.post("/chat/completions", responses=answers(400, 404, 503), response_model=None)
 async def create_chat_completion(request: Request, key: Reader, body: ChatRequest) -> Response:
-    """Answer a conversation with a base model or with the result of a job."""
+    """Answer a conversation with a base model, the result of a job, or weights that a client trained live."""
     service = service_of(request)
     place = await run_in_threadpool(_find_place, service, key, body.model)
     asks = read_asks(body, place.adapter)
@@ -54,7 +55,7 @@ async def create_chat_completion(request: Request, key: Reader, body: ChatReques
 
 def _find_place(service: Service, key: Key, model: str) -> Place:
     """Where a model of the key's project answers; raises NotFoundError for those of others as for those not there."""
-    if model.startswith("ft:"):
+    if model.startswith(("ft:", SCHEME)):
         folder = service.find_weights(key.project, model)
         return find_place(find_resolved(str(folder)))
     if not service.settings.allows(model):

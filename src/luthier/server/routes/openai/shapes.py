@@ -9,6 +9,7 @@ from typing import Any
 
 from luthier.jobs.files import StoredFile, Upload
 from luthier.jobs.job import Job, JobEvent, Model, State
+from luthier.live.rows import Checkpoint
 from luthier.runs.layout import base_label
 from luthier.server import spec_view
 from luthier.server.results import PURPOSE, render_results, results_id, results_name
@@ -198,6 +199,11 @@ def render_upload(upload: Upload, file: StoredFile | None = None) -> dict[str, A
 def render_model(model: Model) -> dict[str, Any]:
     """A result as a `model`."""
     return {"id": model.id, "object": "model", "created": int(model.created_at), "owned_by": model.project}
+
+
+def render_live(found: Checkpoint) -> dict[str, Any]:
+    """Weights that a client trained live as a `model`."""
+    return {"id": found.ft_id, "object": "model", "created": int(found.created_at), "owned_by": found.project}
 
 
 def render_base(name: str) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The Tinker dialect, under `/api/v1`."""
