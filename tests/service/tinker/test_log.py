@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,6 @@ from tests.service.tinker.abacus import TOO_LARGE, Hall, Server, new_room, send
 
 NUMBERS = [3, 5, None, 8, 13, None, 21, None]
 """Two chunks and a step, twice, and one chunk and a step."""
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStore]:
-    home = tmp_path_factory.mktemp("live")
-    database = Database.at_home(home)
-    database.migrate()
-    yield LiveStore(database, home)
-    database.close()
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,6 @@ import pytest
 from luthier.errors import CallError, DatabaseError, HostError, LuthierError, ModelError
 from luthier.host.datums import LossRequest, write_loss_request
 from luthier.host.place import Place
-from luthier.jobs.database import Database
 from luthier.jobs.ids import is_id
 from luthier.live import works
 from luthier.live.bases import Bases
@@ -27,15 +26,6 @@ from luthier.live.works import CREATE, FORWARD_BACKWARD, LOAD, SAVE
 from luthier.server.problems import status_of
 from luthier.server.routes.tinker import futures, training
 from tests.service.tinker.abacus import Abacus, Hall, Server, new_room, send
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStore]:
-    home = tmp_path_factory.mktemp("rooms")
-    database = Database.at_home(home)
-    database.migrate()
-    yield LiveStore(database, home)
-    database.close()
 
 
 @pytest.fixture(autouse=True)

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
 from luthier.errors import NotFoundError, QuotaError
-from luthier.jobs.database import Database
 from luthier.live.futures import Outcome, Promise
 from luthier.live.rows import NewSession, Sampler
 from luthier.live.sampling import Samplers, Wanted, fingerprint_of
 from luthier.live.store import LiveStore
 from tests.service.tinker.abacus import Hall, Server
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStore]:
-    home = tmp_path_factory.mktemp("samples")
-    database = Database.at_home(home)
-    database.migrate()
-    yield LiveStore(database, home)
-    database.close()
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
