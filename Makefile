@@ -12,10 +12,11 @@ TORCH_ARGS ?=
 ENGINE ?= torch
 # More arguments for pytest, for instance ARGS="-k mask".
 ARGS ?=
-WORKERS ?= 2
+# One more than the cores of a small machine, since tests of servers wait much of the time.
+WORKERS ?= 3
 # Where `make test-clients` keeps the environments that it installs clients into.
 CLIENTS ?= $(HOME)/.cache/luthier/clients
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo genrm crafter crafter-server test test-fast test-clients check lint fix golden docs docs-check constraints bench-data bench-train-cpu bench-service bench-tinker bench-tenants soak

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from typing import Any
@@ -66,3 +67,5 @@ def describe(output: Any) -> Any:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else None)
+    sys.stdout.flush()
+    os._exit(0)  # the threads of the SDK's transport may abort an interpreter that ends under them

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -130,3 +131,5 @@ def datum(seed: int, length: int = LENGTH, *, target: int | None = None) -> Any:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2])
+    sys.stdout.flush()
+    os._exit(0)  # the threads of the SDK's transport may abort an interpreter that ends under them

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import os
 import re
 import sys
 import warnings
@@ -287,4 +288,5 @@ def main(url: str, key: str, model: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:4])))
+    print(json.dumps(main(*sys.argv[1:4])), flush=True)
+    os._exit(0)  # the threads of the SDK's transport may abort an interpreter that ends under them

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -91,4 +92,5 @@ def main(url: str, key: str, model: str) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:4])))
+    print(json.dumps(main(*sys.argv[1:4])), flush=True)
+    os._exit(0)  # the threads of the SDK's transport may abort an interpreter that ends under them

@@ -34,10 +34,13 @@ class Place:
     paths: dict[str, str]
 
     def ask(self, script: str) -> Any:
-        """What a script in a process of its own leaves in `told`; the SDK never closes its connections."""
-        lines = ["import json, sys, tinker", "client, run, paths = tinker.RestClient(), *json.loads(sys.argv[1])"]
+        """What a script in a process of its own leaves in `told`; the SDK never closes its connections.
+
+        It leaves without the interpreter's own end, in which the threads of the SDK's transport may abort.
+        """
+        lines = ["import json, os, sys, tinker", "client, run, paths = tinker.RestClient(), *json.loads(sys.argv[1])"]
         asked = json.dumps([self.run, self.paths])
-        code = "\n".join([*lines, script, "print(json.dumps(told))"])
+        code = "\n".join([*lines, script, "print(json.dumps(told), flush=True)", "os._exit(0)"])
         return json.loads(self._run("-c", code, asked))
 
     def _run(self, *arguments: str) -> str:
