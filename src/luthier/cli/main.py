@@ -147,8 +147,11 @@ def entry(*_: Any) -> None:
 
 
 def end(code: int) -> NoReturn:
-    """End the process; taking torch apart on the way out would cost most of a second and save nothing."""
-    if "torch" not in sys.modules:
+    """End the process; taking torch apart on the way out would cost most of a second and save nothing.
+
+    Threads of the Tinker SDK's transport may even abort an interpreter that ends under them.
+    """
+    if not {"torch", "tinker"} & sys.modules.keys():
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
