@@ -12,8 +12,7 @@ TORCH_ARGS ?=
 ENGINE ?= torch
 # More arguments for pytest, for instance ARGS="-k mask".
 ARGS ?=
-# One more than the cores of a small machine, since tests of servers wait much of the time.
-WORKERS ?= 3
+WORKERS ?= 2
 # Where `make test-clients` keeps the environments that it installs clients into.
 CLIENTS ?= $(HOME)/.cache/luthier/clients
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
