@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -38,7 +38,7 @@ class Connection:
     def __init__(self, server: Server) -> None:
         self._server = server
 
-    async def open(self) -> Connection:
+    async def open(self) -> Self:
         """Connect."""
         self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._server.port)
         return self

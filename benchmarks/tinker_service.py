@@ -26,6 +26,7 @@ sys.path.append(sys.path.pop(0))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from inputs import SMALL, TINY, describe, write_text_files
+from service import Connection
 
 from tests.service.process import Server, running
 
@@ -109,37 +110,19 @@ def pick(ordered: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
 
 
-class Connection:
-    """HTTP over one kept connection, with as little of the client's own work as can be."""
+class Client(Connection):
+    """The protocol by hand, with as little of a client's own work as can be."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
-
-    async def open(self) -> Connection:
-        """Connect."""
-        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._server.port)
-        return self
-
-    async def ask(self, path: str, facts: dict[str, Any]) -> dict[str, Any]:
+    async def post(self, path: str, facts: dict[str, Any]) -> dict[str, Any]:
         """One request and its answer."""
-        body = json.dumps(facts).encode()
-        head = f"POST /api/v1/{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-API-Key: {self._server.key}\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        self._writer.write(head.encode() + body)
-        status, length = 0, 0
-        while (line := await self._reader.readline()).strip():
-            if line.startswith(b"HTTP/"):
-                status = int(line.split()[1])
-            elif line.lower().startswith(b"content-length:"):
-                length = int(line.split(b":")[1])
-        answer = await self._reader.readexactly(length)
+        status, answer = await self.ask("POST", f"/api/v1/{path}", json.dumps(facts).encode())
         assert status == 200, (status, answer)
         return dict(json.loads(answer))
 
     async def finish(self, asked: dict[str, Any]) -> dict[str, Any]:
         """The result of what was asked; the server holds the request until there is one."""
         while True:
-            answer = await self.ask("retrieve_future", {"request_id": asked["request_id"]})
+            answer = await self.post("retrieve_future", {"request_id": asked["request_id"]})
             if answer.get("type") != "try_again":
                 assert "error" not in answer, answer
                 return answer
@@ -147,18 +130,18 @@ class Connection:
 
 async def measure_overhead(server: Server, model: Path, count: int) -> bool:
     """What a request costs that computes next to nothing: a step of a small adapter that has no gradients."""
-    connection = await Connection(server).open()
-    session = (await connection.ask("create_session", {"tags": [], "sdk_version": "0.38.0"}))["session_id"]
+    connection = await Client(server).open()
+    session = (await connection.post("create_session", {"tags": [], "sdk_version": "0.38.0"}))["session_id"]
     lora = {"rank": 1, "train_mlp": False, "train_attn": True, "train_unembed": False}
     create = {"session_id": session, "model_seq_id": 0, "base_model": str(model), "lora_config": lora}
-    made = await connection.finish(await connection.ask("create_model", create))
+    made = await connection.finish(await connection.post("create_model", create))
 
     async def beat(_: int) -> None:
-        await connection.ask("session_heartbeat", {"session_id": session})
+        await connection.post("session_heartbeat", {"session_id": session})
 
     async def step(seq: int) -> None:
         adam = {"learning_rate": 0.0}
-        asked = await connection.ask("optim_step", {"model_id": made["model_id"], "seq_id": seq, "adam_params": adam})
+        asked = await connection.post("optim_step", {"model_id": made["model_id"], "seq_id": seq, "adam_params": adam})
         await connection.finish(asked)
 
     read = await time_each(beat, count)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import http.client
-import os
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import orjson
 from expert import choose
@@ -23,18 +19,14 @@ from luthier.engines.chat import find_end
 from luthier.engines.registry import load_sampler
 from luthier.engines.verbs import SampleParams
 from luthier.errors import CallError
+from luthier.evals.endpoint import ChatEndpoint, NoReplyError, find_key
 from luthier.evals.heldout import find_template
 from luthier.runs.home import luthier_home
 from luthier.runs.resolve import find_resolved
 from luthier.spec.data import Data
 
 KEY = "LUTHIER_API_KEY"
-_PATH = "/chat/completions"
-_TRIES = 4
 _AT_ONCE = 8
-_MOST_BYTES = 4 << 20
-_TIMEOUT_SECONDS = 120.0
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _BEYOND = 1_000_003
 
 
@@ -113,7 +105,6 @@ class Endpoint:
     form: Form
     temperature: float = 0.0
     key: str = ""
-    pause: Callable[[float], None] = time.sleep
 
     def choose(self, games: Sequence[Game]) -> list[str]:
         """What the model answers to each game's observation, some of them asked at once."""
@@ -127,48 +118,17 @@ class Endpoint:
         asked["max_tokens"] = self.form.max_tokens
         if self.form.tools:
             asked["tools"] = self.form.tool_list
-        body, failed = orjson.dumps(asked), ""
-        for number in range(_TRIES):
-            if number:
-                self.pause(0.5 * 2**number)
-            try:
-                status, content = self._post(body)
-            except (OSError, http.client.HTTPException) as error:
-                failed = str(error) or type(error).__name__
-                continue
-            if status == 200:
-                return _read_reply(content)
-            failed = f"it answered {status}: {content[:200].decode(errors='replace')}"
-            if status != 429 and status < 500:
-                break
-        shown = failed.replace(self.key, "...") if self.key else failed
-        raise CallError(f"the model at {self.url} does not play: {shown}", hint=f"its key is read from {KEY}")
-
-    def _post(self, body: bytes) -> tuple[int, bytes]:
-        parts = urlsplit(self.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        link = kind(parts.hostname or "", parts.port, timeout=_TIMEOUT_SECONDS)
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        path = parts.path.rstrip("/")
+        endpoint = ChatEndpoint(self.url, self.key)
         try:
-            link.request("POST", path if path.endswith(_PATH) else path + _PATH, body, headers)
-            reply = link.getresponse()
-            return reply.status, reply.read(_MOST_BYTES)
-        finally:
-            link.close()
+            return _read_reply(endpoint.ask(asked))
+        except NoReplyError as error:
+            message = f"the model at {endpoint.place} does not play: {error}"
+            raise CallError(message, hint=f"its key is read from {KEY}") from None
 
 
 def build_endpoint(url: str, model: str, form: Form, temperature: float) -> Endpoint:
     """The endpoint that a person named, with the key of the environment; raises CallError."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-        raise CallError(f"{url!r} is no address of a model", hint="such as http://localhost:8000/v1")
-    key = os.environ.get(KEY, "")
-    if key and parts.scheme == "http" and parts.hostname not in _LOOPBACK:
-        raise CallError(f"the key in {KEY} would travel unencrypted to {parts.hostname}", hint="use https")
-    return Endpoint(url, model, form, temperature, key)
+    return Endpoint(url, model, form, temperature, find_key(url, KEY, what="model"))
 
 
 def _read_reply(content: bytes) -> str:

@@ -22,13 +22,13 @@ from prompts import TOOL, WORDS, Form, read_action
 from scores import Comparison, Scores, compare_all, render, short_names
 from world import ACHIEVEMENTS, ACTIONS, RULES, Game, Played
 
-from luthier.cli.main import main
 from luthier.data.rows import ReadOptions, RowReader
 from luthier.data.tokens import ModelText
 from luthier.errors import CallError
 from luthier.runs.resolve import practice_folder
 from luthier.spec.data import Data
 from luthier.spec.load import load_spec, load_spec_text
+from tests.calling import call
 from tests.unit.evals.test_judge import Endpoint, chat
 
 pytestmark = pytest.mark.slow
@@ -260,7 +260,7 @@ def endpoint() -> Iterator[Endpoint]:
 def test_an_endpoint_plays(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     monkeypatch.setenv(agents.KEY, "abc")
     endpoint.failing = [503]
-    monkeypatch.setattr(agents.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("luthier.evals.endpoint._FIRST_WAIT_SECONDS", 0.0)
     call = ["--endpoint", endpoint.url, "--model", "ft:x:y", "--games", "2", "--length", "3", "--json"]
     assert play.run(call) == 0
     told = json.loads(capsys.readouterr().out)
@@ -346,22 +346,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _call(capsys: Captured, *arguments: str) -> Any:
-    capsys.readouterr()
-    code = main([*arguments, "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert code == 0, found
-    return found
-
-
 def _train(capsys: Captured, spec: Path, rows: Path, out: Path, *more: str) -> Any:
     data = ["--data", str(rows / "train.jsonl"), "--set", f'data.valid="{rows / "valid.jsonl"}"']
     steps = ["--set", "optim.batch=8", "--set", "evaluate.every_steps=2", "--steps", "2"]
-    return _call(capsys, "train", str(spec), *data, *steps, "--output-dir", str(out), *more)
+    return call(capsys, "train", str(spec), *data, *steps, "--output-dir", str(out), *more)
 
 
 def test_rows_have_no_bad_one_among_them(rows: Path, capsys: Captured) -> None:
-    found = _call(capsys, "data", "check", str(rows / "train.jsonl"), "--model", "practice")
+    found = call(capsys, "data", "check", str(rows / "train.jsonl"), "--model", "practice")
     assert found["dropped"] == 0
     written = sum(len((rows / f"{side}.jsonl").read_text("utf-8").splitlines()) for side in ("train", "valid"))
     account = json.loads((rows / "dataset.json").read_text("utf-8"))

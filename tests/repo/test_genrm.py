@@ -10,21 +10,12 @@ from typing import Any
 
 import pytest
 
-from luthier.cli.main import main
+from tests.calling import call
 
 Captured = pytest.CaptureFixture[str]
 SFT = Path("data/processed/sft")
 # On Linux an mlx step takes seconds, so fewer of them show that perplexity falls; what a judge is worth, torch shows.
 STEPS = {"torch": 40, "mlx": 4}
-
-
-def call(capsys: Captured, *arguments: str) -> Any:
-    """What a command says in JSON; it must succeed."""
-    capsys.readouterr()
-    code = main([*arguments, "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert code == 0, found
-    return found
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from luthier.cli.main import main
 from luthier.runs.recipes import list_recipes, load_recipe
 from luthier.spec.load import load_spec
 from luthier.workflow import prepare_data
+from tests.calling import call
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*.toml"))
 DEMO_DATA = {"sft": "train.jsonl", "dpo": "preference.jsonl", "pretrain": "domain.jsonl"}
@@ -65,15 +65,6 @@ def test_a_demo_recipe_keeps_its_data_promise(
 
 
 # -- training ------------------------------------------------------------------------------------------------------
-
-
-def call(capsys: Captured, *arguments: str) -> Any:
-    """What a command says in JSON; it must succeed."""
-    capsys.readouterr()
-    code = main([*arguments, "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert code == 0, found
-    return found
 
 
 def train(capsys: Captured, root: Path, out: Path, name: str, *arguments: str) -> Any:

@@ -6,31 +6,22 @@ favours the first answer favours nobody; where the two judgements differ, it is 
 
 from __future__ import annotations
 
-import http.client
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import orjson
 
 from luthier.data.example import Message
 from luthier.engines.verbs import Tick
-from luthier.errors import CallError, JudgeError
-from luthier.runs.events import redact
+from luthier.errors import JudgeError
+from luthier.evals.endpoint import ChatEndpoint, NoReplyError, find_key
 
 KEY = "LUTHIER_JUDGE_KEY"
-_PATH = "/chat/completions"
-_MOST_BYTES = 4 << 20
-_TRIES = 4
-_FIRST_WAIT_SECONDS = 0.5
 _AT_ONCE = 4
-_TIMEOUT_SECONDS = 120.0
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SAID = re.compile(r"\b(A|B|TIE)\b")
 _TASK = (
     "You compare two answers to the same prompt. Judge how correct, complete and fitting each is, and nothing else: "
@@ -46,69 +37,24 @@ class Judge:
     url: str
     model: str
     key: str = ""
-    timeout_seconds: float = _TIMEOUT_SECONDS
     pause: Callable[[float], None] = time.sleep
 
     def ask(self, messages: Sequence[Message]) -> str:
         """What the model replies; tried again when it is busy. Raises JudgeError."""
-        body = orjson.dumps({"model": self.model, "messages": list(messages), "temperature": 0})
-        failed = ""
-        for number in range(_TRIES):
-            if number:
-                self.pause(_FIRST_WAIT_SECONDS * 2**number)
-            try:
-                status, content = self._post(body)
-            except (OSError, http.client.HTTPException) as error:
-                failed = str(error) or type(error).__name__
-                continue
-            if status == 200:
-                return _read_reply(content)
-            failed = f"it answered {status}: {self._hidden(content[:200].decode(errors='replace'))}"
-            if status != 429 and status < 500:
-                break
-        raise JudgeError(
-            f"the judge at {self._place()} gave no judgement: {failed}",
-            hint=f"check --judge and --judge-model; the key is read from {KEY}. What was answered is kept",
-        )
-
-    def _place(self) -> str:
-        """The endpoint without what somebody may have put into its address."""
-        parts = urlsplit(self.url)
-        return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
-
-    def _hidden(self, text: str) -> str:
-        shown = text.replace(self.key, "...") if self.key else text
-        return " ".join(str(redact(shown)).split())
-
-    def _post(self, body: bytes) -> tuple[int, bytes]:
-        """One request; a redirection is not followed, since it would take the key somewhere else."""
-        parts = urlsplit(self.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        link = kind(parts.hostname or "", parts.port, timeout=self.timeout_seconds)
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        path = parts.path.rstrip("/")
+        endpoint = ChatEndpoint(self.url, self.key, self.pause)
         try:
-            link.request("POST", path if path.endswith(_PATH) else path + _PATH, body, headers)
-            reply = link.getresponse()
-            return reply.status, reply.read(_MOST_BYTES)
-        finally:
-            link.close()
+            content = endpoint.ask({"model": self.model, "messages": list(messages), "temperature": 0})
+        except NoReplyError as error:
+            raise JudgeError(
+                f"the judge at {endpoint.place} gave no judgement: {error}",
+                hint=f"check --judge and --judge-model; the key is read from {KEY}. What was answered is kept",
+            ) from None
+        return _read_reply(content)
 
 
 def build_judge(url: str, model: str) -> Judge:
     """The judge that a person named, with the key of the environment; raises CallError."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-        raise CallError(f"{url!r} is no address of a judge", hint="such as http://localhost:8000/v1")
-    key = os.environ.get(KEY, "")
-    if key and parts.scheme == "http" and parts.hostname not in _LOOPBACK:
-        raise CallError(
-            f"the key in {KEY} would travel unencrypted to {parts.hostname}",
-            hint="use https, or unset the key",
-        )
-    return Judge(url, model, key)
+    return Judge(url, model, find_key(url, KEY, what="judge"))
 
 
 @dataclass(frozen=True)

@@ -69,11 +69,7 @@ class LiveStore:
     def find_session(self, project: str, session: str) -> Session:
         """The session; NotFoundError when this project has none of that id."""
         query = select(*SESSION_COLUMNS).where(live_sessions.c.id == session, live_sessions.c.project == project)
-        with self.database.read() as connection:
-            row = connection.execute(query).one_or_none()
-        if row is None:
-            raise no_such("session", session)
-        return Session(*row)
+        return Session(*self._one(query, "session", session))
 
     def touch_session(self, project: str, session: str) -> Session:
         """Note that its client lives; a session that has finished stays as it is."""
@@ -122,11 +118,7 @@ class LiveStore:
         query = select(*MODEL_COLUMNS).where(
             live_models.c.id == model, live_models.c.project == project, live_models.c.deleted_at.is_(None)
         )
-        with self.database.read() as connection:
-            row = connection.execute(query).one_or_none()
-        if row is None:
-            raise no_such("model", model)
-        return LiveModel(*row)
+        return LiveModel(*self._one(query, "model", model))
 
     def list_models(
         self,
@@ -158,11 +150,7 @@ class LiveStore:
     def find_sampler(self, project: str, sampler: str) -> Sampler:
         """The sampler; NotFoundError when this project has none of that id."""
         query = select(*SAMPLER_COLUMNS).where(live_samplers.c.id == sampler, live_samplers.c.project == project)
-        with self.database.read() as connection:
-            row = connection.execute(query).one_or_none()
-        if row is None:
-            raise no_such("sampler", sampler)
-        return Sampler(*row)
+        return Sampler(*self._one(query, "sampler", sampler))
 
     def list_samplers(self, project: str, session: str) -> Sequence[Sampler]:
         """The samplers of a session, in the order in which they were made."""
@@ -227,11 +215,14 @@ class LiveStore:
 
     def _find_checkpoint(self, project: str, which: ColumnElement[bool], named: str) -> Checkpoint:
         may_see = or_(live_checkpoints.c.project == project, live_checkpoints.c.is_public.is_(True))
+        return Checkpoint(*self._one(_CHECKPOINTS.where(which, may_see, self._is_there()), "checkpoint", named))
+
+    def _one(self, query: Select[Any], what: str, named: str) -> Any:
         with self.database.read() as connection:
-            row = connection.execute(_CHECKPOINTS.where(which, may_see, self._is_there())).one_or_none()
+            row = connection.execute(query).one_or_none()
         if row is None:
-            raise no_such("checkpoint", named)
-        return Checkpoint(*row)
+            raise no_such(what, named)
+        return row
 
     def _is_there(self) -> ColumnElement[bool]:
         return or_(live_checkpoints.c.expires_at.is_(None), live_checkpoints.c.expires_at > self.now())

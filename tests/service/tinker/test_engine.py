@@ -24,6 +24,7 @@ from luthier.training.session import Work, train
 from luthier.training.signals import StopFlag
 from luthier.weights.peft import read_adapter
 from luthier.workflow import is_complete, reopen
+from tests.calling import call
 from tests.runs.children import ROOT, start_plainly
 from tests.service.process import Server, running
 from tests.unit.training.works import Watched, final_hash, make_work, resume, run_whole, stop_after
@@ -156,15 +157,6 @@ def test_a_client_that_was_killed_goes_on_to_the_same_weights(whole: tuple[Run, 
     assert final_hash(run) == final_hash(whole[0])
     assert [event["step"] for event in run.read_events() if event["kind"] == "resumed"] == [4]
     assert [entry["step"] for entry in json.loads((run.folder / "training_log.json").read_text())] == [1, 2, 3, 4, 5, 6]
-
-
-def call(capsys: Captured, *arguments: str) -> Any:
-    """What a command says in JSON; it must succeed."""
-    capsys.readouterr()
-    code = main([*arguments, "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert code == 0, found
-    return found
 
 
 def test_the_example_of_the_guide(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
