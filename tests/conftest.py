@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.certifying import certify_here
+
+_HERE = Path(__file__).parent
+# An assertion that fails outside the test itself shows its values too.
+_TESTS = {f"tests.{each.stem}" for each in _HERE.iterdir()}
+pytest.register_assert_rewrite(*_TESTS.difference(sys.modules))
 
 settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True)
 settings.register_profile(
@@ -44,9 +50,8 @@ _SLOW_PLACES = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
     for item in items:
-        if item.path.relative_to(here).as_posix().startswith(_SLOW_PLACES):
+        if item.path.relative_to(_HERE).as_posix().startswith(_SLOW_PLACES):
             item.add_marker(pytest.mark.slow)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.jobs.desk import Desk
+from tests.service.jobs.desk import HASTY, Desk
 from tests.service.jobs.nursery import Nursery
 
 
@@ -24,5 +24,13 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 def desk(tmp_path: Path, nursery: Nursery) -> Iterator[Desk]:
     """A home with a database, whose workers end with the test."""
     opened = Desk(tmp_path / "service", nursery)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def hasty_desk(tmp_path: Path, nursery: Nursery) -> Iterator[Desk]:
+    """One where patience is over after seconds."""
+    opened = Desk(tmp_path / "service", nursery, HASTY)
     yield opened
     opened.close()

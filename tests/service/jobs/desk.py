@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +26,10 @@ from tests.unit.training.works import ADAPTER, chat_rows
 
 PROJECT = "one"
 PATIENCE_SECONDS = 60.0
-# All ten times as fast; the fence leaves room for a machine that is busy with other tests.
-TIMINGS = replace(Timings().scaled(0.1), backoff=0.05, fence=2.5, kill=3.0, takeover=4.5)
+# All ten times as fast, but for the lease: no machine is so busy that a worker forgets its trainer.
+TIMINGS = replace(Timings().scaled(0.1), backoff=0.05, fence=120.0, kill=150.0, takeover=240.0)
+# For tests that wait until a lease or a grace is over.
+HASTY = replace(TIMINGS, fence=2.5, kill=3.0, takeover=4.5, grace=1.0)
 T = TypeVar("T")
 
 
@@ -85,11 +89,11 @@ class Desk:
         return self.store.create(NewJob(PROJECT, "own", given, training_file=file, **more))[0].id
 
     def enqueue(self, spec: Mapping[str, Any] | None = None, **more: Any) -> str:
-        """A job that waits for training, as if it had been checked."""
+        """A job that waits for training, as if it had been checked; a worker that is quicker checks it itself."""
         job = self.submit(spec, **more)
         claim = self.queue.claim(WorkerRow("checker", "elsewhere"), lambda each: each.id == job)
-        assert claim is not None
-        self.queue.validated(claim, needs={"processors": 1, "memory_bytes": 1 << 30, "device": "cpu"})
+        if claim is not None:
+            self.queue.validated(claim, needs={"processors": 1, "memory_bytes": 1 << 30, "device": "cpu"})
         return job
 
     def start_worker(self, **how: Any) -> Forked:
@@ -97,6 +101,26 @@ class Desk:
         assert self._nursery is not None
         self.workers.append(self._nursery.start_worker(self.home, self.timings, **how))
         return self.workers[-1]
+
+    def stop(self, worker: Forked) -> None:
+        """Let it stand still, but not in the middle of a write: nobody else could write before it goes on."""
+
+        def stand() -> bool | None:
+            worker.signal("SIGSTOP")
+            if self._takes_writes():
+                return True
+            worker.signal("SIGCONT")
+            return None
+
+        wait_until(stand)
+
+    def _takes_writes(self) -> bool:
+        with closing(sqlite3.connect(self.home / "luthier.db", timeout=0.2)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return False
+        return True
 
     def close(self) -> None:
         """End the workers and their trainers."""

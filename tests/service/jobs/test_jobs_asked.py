@@ -71,7 +71,8 @@ def test_a_cancelled_job_ends_its_trainer_and_nothing_else(desk: Desk) -> None:
     desk.wait_for_state(jobs[1], State.CANCELLED)
 
 
-def test_a_trainer_that_does_not_listen_is_killed_after_its_grace(desk: Desk) -> None:
+def test_a_trainer_that_does_not_listen_is_killed_after_its_grace(hasty_desk: Desk) -> None:
+    desk = hasty_desk
     desk.start_worker()
     job = desk.enqueue(tables(optim__steps=100_000))
     desk.wait_for_event(job, "step_done", step=1)
@@ -136,7 +137,8 @@ def test_a_job_with_bad_rows_fails_at_its_check_with_their_lines(desk: Desk) -> 
     assert worker.is_there
 
 
-def test_a_check_whose_worker_died_is_made_again(desk: Desk) -> None:
+def test_a_check_whose_worker_died_is_made_again(hasty_desk: Desk) -> None:
+    desk = hasty_desk
     job = desk.submit()
     worker = desk.start_worker()
     wait_until(lambda: list(desk.home.glob("attempts/*/1/order.json")) or None)

@@ -99,7 +99,8 @@ def test_a_worker_that_is_asked_to_end_leaves_its_trainers(desk: Desk, undisturb
     assert desk.final_hash(job) == undisturbed
 
 
-def test_a_trainer_without_a_worker_stops_itself_and_the_next_one_goes_on(desk: Desk) -> None:
+def test_a_trainer_without_a_worker_stops_itself_and_the_next_one_goes_on(hasty_desk: Desk) -> None:
+    desk = hasty_desk
     job = desk.enqueue(tables(optim__steps=100_000))
     worker = desk.start_worker()
     pid = desk.trainer(job)
@@ -116,13 +117,14 @@ def test_a_trainer_without_a_worker_stops_itself_and_the_next_one_goes_on(desk: 
     check_history(desk, job)
 
 
-def test_a_job_whose_worker_stands_still_is_given_to_another(desk: Desk) -> None:
+def test_a_job_whose_worker_stands_still_is_given_to_another(hasty_desk: Desk) -> None:
     """The worker is stopped, not dead: its trainer fences itself, the other worker takes over, and the first wakes."""
+    desk = hasty_desk
     job = desk.enqueue(tables(optim__steps=100_000, output__save_every_steps=50))
     first = desk.start_worker()
     pid = desk.trainer(job)
     desk.wait_for_event(job, "step_done", step=1)
-    first.signal("SIGSTOP")
+    desk.stop(first)
     desk.start_worker()
     desk.wait_for_attempts(job, 2)
     assert when_started(pid) is None
@@ -131,7 +133,8 @@ def test_a_job_whose_worker_stands_still_is_given_to_another(desk: Desk) -> None
     assert when_started(desk.trainer(job)) is not None
     desk.store.cancel(PROJECT, job)
     desk.wait_for_state(job, State.CANCELLED)
-    assert [each.ending for each in desk.attempts(job)] == ["lost", "cancelled"]
+    endings = [each.ending for each in desk.attempts(job)]
+    assert (endings[0], endings[-1]) == ("lost", "cancelled")
     assert desk.find(job).crashes == 0
     check_history(desk, job)
 
