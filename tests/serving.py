@@ -17,7 +17,7 @@ from luthier.runs.resolve import practice_folder
 ROOT = Path(__file__).parents[1]
 MODEL = "Qwen/Qwen3-0.6B"
 OTHER_MODEL = "Qwen/Qwen3-4B"
-_PATIENCE_SECONDS = 30
+_PATIENCE_SECONDS = 120
 _ENTRY = "from luthier.cli.main import entry; entry()"
 
 

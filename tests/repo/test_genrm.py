@@ -14,8 +14,8 @@ from tests.calling import call
 
 Captured = pytest.CaptureFixture[str]
 SFT = Path("data/processed/sft")
-# On Linux an mlx step takes seconds, so fewer of them show that perplexity falls; what a judge is worth, torch shows.
-STEPS = {"torch": 40, "mlx": 4}
+# Steps and a batch. On Linux mlx takes seconds for a step of 16 rows: a few small ones show that perplexity falls.
+SIZES = {"torch": (40, 16), "mlx": (4, 4)}
 
 
 @pytest.fixture
@@ -64,8 +64,9 @@ def test_every_raw_row_is_accounted_for(raw: Path, root: Path, capsys: Captured)
 def test_from_raw_rows_to_a_certified_judge(engine: str, raw: Path, root: Path, capsys: Captured) -> None:
     test_every_raw_row_is_accounted_for(raw, root, capsys)
     call(capsys, "recipes", "copy", "genrm-practice", ".")
-    steps = ["--steps", str(STEPS[engine]), "--set", f"evaluate.every_steps={STEPS[engine] // 2}"]
-    done = call(capsys, "train", "genrm-practice.toml", "--engine", engine, "--output-dir", "runs", *steps)
+    steps, batch = SIZES[engine]
+    size = ["--steps", str(steps), "--set", f"evaluate.every_steps={steps // 2}", "--set", f"optim.batch={batch}"]
+    done = call(capsys, "train", "genrm-practice.toml", "--engine", engine, "--output-dir", "runs", *size)
     assert done["state"] == "finished"
     run = Path(done["folder"])
     assert json.loads((run / "certificate.json").read_text())["valid"] is True
@@ -78,7 +79,7 @@ def test_from_raw_rows_to_a_certified_judge(engine: str, raw: Path, root: Path, 
     after = call(
         *(capsys, "train", "--model", str(run / "merged_model"), "--data", str(raw / "judgements.jsonl")),
         *("--objective", "dpo", "--method", "lora", "--steps", "2", "--valid", "5", "--engine", engine),
-        *("--output-dir", "next"),
+        *("--output-dir", "next", "--set", "optim.batch=2"),
     )
     lineage = json.loads((Path(after["folder"]) / "lineage.json").read_text())
     assert str(run / "merged_model") in json.dumps(lineage)

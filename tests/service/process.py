@@ -17,7 +17,7 @@ import httpx2
 
 from tests.serving import ROOT
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 _ENTRY = "from luthier.cli.main import entry; entry()"
 
 
@@ -113,4 +113,4 @@ def run(*arguments: str, place: Path, environment: dict[str, str] | None = None)
     """A command of ours, to its end."""
     env = source_environment(environment)
     command: Sequence[str] = [sys.executable, "-P", "-c", _ENTRY, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=place, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=place, timeout=PATIENCE_SECONDS)

@@ -25,7 +25,7 @@ from tests.service.jobs.nursery import Forked, Nursery
 from tests.unit.training.works import ADAPTER, chat_rows
 
 PROJECT = "one"
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 180.0
 # All ten times as fast, but for the lease: no machine is so busy that a worker forgets its trainer.
 TIMINGS = replace(Timings().scaled(0.1), backoff=0.05, fence=120.0, kill=150.0, takeover=240.0)
 # For tests that wait until a lease or a grace is over.
