@@ -15,6 +15,8 @@ ARGS ?=
 WORKERS ?= 2
 # Where `make test-clients` keeps the environments that it installs clients into.
 CLIENTS ?= $(HOME)/.cache/luthier/clients
+# Compiled once, not again by each of the hundreds of processes that the tests start.
+export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help

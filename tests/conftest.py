@@ -34,26 +34,37 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 _KEY_WORDS = ("API_KEY", "_TOKEN", "_SECRET")
 _LOOPBACK = ("127.", "::1", "localhost")
-# Whole folders and files that load models in nearly every test: `make test` runs them, `make test-fast` does not.
+# Whole folders and files that load models or start servers in nearly every test: `make test` runs them and
+# `make test-fast` does not.
 _SLOW_PLACES = (
+    "contract/",
     "runs/",
-    "service/test_running.py",
-    "service/test_schema.py",
+    "service/test_",
     "unit/adapters/",
+    "unit/cli/test_chat.py",
+    "unit/cli/test_compare.py",
+    "unit/cli/test_evaluate.py",
+    "unit/cli/test_train.py",
     "unit/engines/",
     "unit/evals/",
-    "unit/training/test_finish.py",
-    "unit/training/test_session.py",
-    "unit/training/test_proofs.py",
-    "unit/cli/test_evaluate.py",
-    "unit/cli/test_compare.py",
-    "unit/cli/test_chat.py",
+    "unit/host/test_hosts.py",
+    "unit/jobs/test_job_table.py",
+    "unit/training/",
 )
+
+
+def _is_slow(path: Path) -> bool:
+    return path.relative_to(_HERE).as_posix().startswith(_SLOW_PLACES)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What `make test-fast` leaves out is not even imported."""
+    return True if "not slow" in config.option.markexpr and _is_slow(collection_path) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.relative_to(_HERE).as_posix().startswith(_SLOW_PLACES):
+        if _is_slow(item.path):
             item.add_marker(pytest.mark.slow)
 
 

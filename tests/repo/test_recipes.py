@@ -80,6 +80,7 @@ def exact_match(capsys: Captured, root: Path, model: str) -> tuple[int, int]:
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains_on_the_practice_model(name: str, root: Path, tmp_path: Path, capsys: Captured) -> None:
     spec = load_recipe(name)[0]

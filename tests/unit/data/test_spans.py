@@ -77,6 +77,7 @@ def test_a_turn_is_the_same_frame_around_any_content(shape: Shape, messages: lis
     assert turns(finder, messages) == expected
 
 
+@pytest.mark.slow
 @every_shape
 @given(messages=plain_conversations(), edge=st.sampled_from(["", " ", "\n", "  \n"]))
 def test_joining_a_learnt_shape_equals_rendering(shape: Shape, messages: list[dict[str, Any]], edge: str) -> None:
