@@ -97,10 +97,11 @@ class Live:
         self._seconds += event.seconds
         done = event.step - self._first_step + 1
         left = self._seconds / done * (self.steps - event.step)
+        memory = f"  {event.memory_bytes / _GIB:.2f} GiB" if event.memory_bytes else ""
         more = "".join(f"  {name.removeprefix('reward_')} {value:.3g}" for name, value in _worth(event.metrics))
         self._line(
             f"step {event.step}/{self.steps}  loss {event.loss:.4f}{more}  lr {event.learning_rate:.2e}"
-            f"  {event.tokens_per_second:,.0f} tok/s  {span(left)} left  {event.memory_bytes / _GIB:.2f} GiB",
+            f"  {event.tokens_per_second:,.0f} tok/s  {span(left)} left{memory}",
             keep=event.step in (1, self.steps),
         )
         is_last = event.step == self.steps

@@ -266,7 +266,7 @@ class Trainee(Protocol):
         ...
 
     def peak_memory_bytes(self) -> int:
-        """The most memory the device has held for this run so far."""
+        """The most memory the device has held for this run so far; 0 where nobody tells."""
         ...
 
     def close(self) -> None:

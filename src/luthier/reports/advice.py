@@ -330,9 +330,14 @@ def truncated(report: Report) -> Advice | None:
 
 
 def unused_context(report: Report) -> Advice | None:
-    """All rows are far shorter than the longest that is planned for."""
+    """All rows are far shorter than the longest that memory is planned for."""
     lengths, limit = report.rows.lengths, report.spec.data.max_length
-    if not len(lengths) or len(report.rows.too_long) or report.rows.notes.get(TRUNCATED):
+    if (
+        not report.cost.planned_bytes
+        or not len(lengths)
+        or len(report.rows.too_long)
+        or report.rows.notes.get(TRUNCATED)
+    ):
         return None
     longest = int(lengths.max())
     wanted = max(64, _round_up(longest))

@@ -160,7 +160,8 @@ def list_cost(report: Report) -> list[tuple[str, str, str]]:
         found.append(("tokens computed again after a stop", MISSING, f"{cost.repeated_tokens:,}"))
     found.append(("tokens per second", MISSING, f"{cost.tokens_per_second:,.0f}"))
     memory = [show_bytes(size) if size else MISSING for size in (cost.planned_bytes, cost.measured_bytes)]
-    found.append(("peak memory", memory[0], memory[1]))
+    if memory != [MISSING, MISSING]:
+        found.append(("peak memory", memory[0], memory[1]))
     if cost.available_bytes:
         found.append((f"memory of {cost.device or 'the device'}", MISSING, f"{show_bytes(cost.available_bytes)} free"))
     return found

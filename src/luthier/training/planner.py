@@ -144,7 +144,7 @@ def _plan_elsewhere(draft: _Draft, prepared: Prepared) -> RunPlan:
         trained_tokens_per_epoch=sizes.trained_tokens,
         total_parameters=model.total_parameters,
         trainable_parameters=count_trainable(draft.spec.method, model).total if model.linears else 0,
-        memory=Memory({}, draft.machine.available_bytes, "a Tinker service"),
+        memory=Memory({}, 0, "a Tinker service"),
         seconds=tokens / speed if speed else None,
         device="service",
         speed_key=key,

@@ -10,7 +10,6 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from luthier.engines.surroundings import peak_of_this_process
 from luthier.engines.tinker.address import check_service, find_service
 from luthier.engines.tinker.connection import Connection, Layout, list_offered
 from luthier.engines.tinker.datums import Asked, build_data, list_asked, read_logprobs
@@ -210,8 +209,8 @@ class TinkerEngine:
         return values
 
     def peak_memory_bytes(self) -> int:
-        """The most that this process has held; what the service holds is its own business."""
-        return peak_of_this_process()
+        """None that counts: the model is with the service, which does not tell what it holds."""
+        return 0
 
     def close(self) -> None:
         """Finish the session."""
