@@ -23,7 +23,7 @@ from tests.contract.test_verbs import (  # noqa: F401 (collected here, with the 
     test_k_targets_are_k_places,
     test_log_probabilities_are_those_of_a_distribution,
     test_looking_leaves_no_gradient,
-    test_one_process_sums_nothing_and_tells_its_memory,
+    test_one_process_sums_nothing,
     test_packed_is_each_alone_and_a_shared_prompt_is_both_whole,
     test_pairs_pull_the_answers_apart,
     test_scale_is_a_factor_of_the_gradient_and_not_of_what_is_told,
@@ -78,3 +78,7 @@ def build(served: tuple[Path, Server], own_home: Path, monkeypatch: pytest.Monke
     for engine in built:
         engine.close()
     gc.collect()
+
+
+def test_the_memory_of_a_service_is_not_known(build: Build) -> None:
+    assert build().peak_memory_bytes() == 0

@@ -14,6 +14,7 @@ from openai.types import FileObject, Model, Upload
 from luthier.jobs.checking import FileReport
 from luthier.server.app import create_app
 from tests.service.here import BASE_URL, ROW
+from tests.service.jobs.desk import wait_until
 from tests.unit.server.conftest import Desk
 
 ROWS = ROW.encode() * 3
@@ -38,8 +39,12 @@ def send(desk: Desk, content: bytes = ROWS, status: int = 200, **fields: str) ->
 
 def wait(desk: Desk, file: str) -> FileObject:
     """The file once its check is done."""
-    desk.here.service.checks.close()  # waits for the check at hand
-    return FileObject.model_validate(desk.ask("GET", f"/v1/files/{file}"), strict=True)
+
+    def look() -> FileObject | None:
+        found = FileObject.model_validate(desk.ask("GET", f"/v1/files/{file}"), strict=True)
+        return None if found.status == "uploaded" else found
+
+    return wait_until(look)
 
 
 def test_a_file_is_kept_checked_and_given_back(checked: Desk) -> None:
