@@ -101,5 +101,5 @@ bench-tinker: setup  ## the Tinker service under its own SDK: clients at a time,
 bench-tenants: setup  ## many adapters over one base, joined against one after another, one table
 	@$(BIN)/python benchmarks/tenants.py $(ARGS)
 
-soak: setup  ## all tests, with many more examples for each property and 50 random kills of each kind of run
-	@HYPOTHESIS_PROFILE=thorough LUTHIER_KILLS=50 $(PYTEST) $(ARGS)
+soak: setup  ## all tests, with many more examples for each property, races by the thousand, and 50 random kills of each kind of run
+	@HYPOTHESIS_PROFILE=thorough LUTHIER_KILLS=50 LUTHIER_SOAK=1 $(PYTEST) $(ARGS)
