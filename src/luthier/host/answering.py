@@ -74,10 +74,11 @@ class Answer:
             self._spoken.finish()
         self._held += "".join(self._fresh)
         self._fresh.clear()
-        places = [place for stop in self.ask.stop if (place := self._held.find(stop)) >= 0]
-        self.is_stopped = bool(places)
+        found = [(place + len(stop), place) for stop in self.ask.stop if (place := self._held.find(stop)) >= 0]
+        self.is_stopped = bool(found)
         keep = 0 if is_last else max((_overlap(self._held, stop) for stop in self.ask.stop), default=0)
-        end = min(places) if places else len(self._held) - keep
+        # The stop that is whole first counts, so that it does not matter where tokens end.
+        end = min(found)[1] if found else len(self._held) - keep
         told, self._held = self._held[:end], self._held[end:]
         return told
 

@@ -64,7 +64,8 @@ def linear_axis(low: float, high: float, count: int = 5, *, from_zero: bool = Fa
         low, high = (0.0 if from_zero else low - margin), high + margin
     step = _round_step((high - low) / count, whole=whole)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = tuple(round(number * step, 12) for number in range(first, last + 1))
+    digits = 12 - math.floor(math.log10(step))
+    ticks = tuple(round(number * step, digits) for number in range(first, last + 1))
     return Axis(ticks[0], ticks[-1], ticks)
 
 

@@ -21,7 +21,7 @@ def find_beyond_tinker(spec: RunSpec) -> list[tuple[str, str]]:
     found = []
     if method.alpha != ALPHA:
         found.append(("method.alpha", f"a Tinker service scales every adapter by {ALPHA:g}, found {method.alpha:g}"))
-    if method.dropout > 0 and "dropout" in method.model_fields_set:
+    if method.dropout not in (0.0, type(method).model_fields["dropout"].default):
         found.append(("method.dropout", f"a Tinker service has no dropout, found {method.dropout:g}; set it to 0"))
     if method.rslora:
         found.append(("method.rslora", "a Tinker service scales by alpha / rank alone"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from luthier.reports.scale import (
@@ -22,6 +22,9 @@ FLOATS = st.floats(-1e9, 1e9, allow_nan=False)
 
 
 @given(FLOATS, FLOATS, st.booleans())
+@example(0.0, 2.9e-67, False)
+@example(1e-13, 4e-12, False)
+@example(0.0, 5e-324, False)
 def test_a_linear_axis_holds_its_values_between_few_round_ticks(first: float, second: float, from_zero: bool) -> None:
     low, high = sorted((first, second))
     axis = linear_axis(low, high, from_zero=from_zero)

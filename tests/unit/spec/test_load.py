@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 import yaml
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 
 from luthier.errors import CallError, LuthierError, MissingPathError, SpecError
 from luthier.spec.load import (
@@ -54,6 +54,7 @@ def test_spec_to_toml_and_back(tables: dict[str, Any]) -> None:
 
 
 @given(spec_tables())
+@example({"model": {}, "engine": {"kind": "tinker"}, "method": {"kind": "lora"}})
 def test_spec_is_the_same_in_every_language(tables: dict[str, Any]) -> None:
     for dotted in PATH_KEYS[1:]:
         table, key = dotted.split(".")
