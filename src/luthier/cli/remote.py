@@ -85,10 +85,11 @@ def train_there(loaded: LoadedSpec, remote: Remote, *, suffix: str | None, dry_r
 def _check_rows(spec: RunSpec, *, as_json: bool) -> None:
     """The data issue's checks before anything is sent: with the model's own template where the model is here."""
     from luthier.cli.report import print_data_report
+    from luthier.runs.home import expand
     from luthier.runs.layout import PRACTICE
     from luthier.workflow import prepare_data
 
-    is_here = spec.model.base == PRACTICE or Path(spec.model.base).expanduser().is_dir()
+    is_here = spec.model.base == PRACTICE or expand(spec.model.base).is_dir()
     with heartbeat(f"checking {spec.data.train}", quiet=as_json):
         prepared = prepare_data(spec, with_model=is_here)
     if not as_json:

@@ -7,6 +7,8 @@ import secrets
 from datetime import datetime
 from pathlib import Path
 
+from luthier.runs.home import expand
+
 CONFIG = "finetune_config.yaml"
 LEDGER = "ledger.jsonl"
 REJECTED = "rejected.jsonl"
@@ -41,7 +43,7 @@ def base_label(base: str) -> str:
     while base.startswith("ft:"):
         base = base.removeprefix("ft:").rpartition(":")[0]
     is_path = base.startswith((".", "/", "~")) or Path(base).is_dir()
-    return f"local/{Path(base).expanduser().resolve().name}" if is_path and base != PRACTICE else base
+    return f"local/{expand(base).resolve().name}" if is_path and base != PRACTICE else base
 
 
 def run_id(method: str, base: str, now: datetime, random: str = "") -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import ModelError
 from luthier.extras import import_extra
+from luthier.runs.home import expand
 from luthier.runs.layout import CONFIG, FINAL_LORA_WEIGHTS, PRACTICE
 from luthier.runs.model_folder import (
     HUB_ID,
@@ -114,7 +115,7 @@ def _resolve(base: str, wanted: _Wanted) -> ResolvedModel:
         return ResolvedModel(check_configs(practice_folder()), name=base)
     if served := find_in_models(base, models_folder()):
         return _from_models(served, wanted, base)
-    path = Path(base).expanduser()
+    path = expand(base)
     if path.is_dir():
         return _from_folder(path, wanted, base)
     entry = find_model(base) if base.startswith("ft:") or "/" not in base else None
@@ -216,7 +217,7 @@ def _over_named_base(adapter: Path, wanted: _Wanted, name: str) -> ResolvedModel
             f"{adapter}: {ADAPTER_CONFIG} names no base model",
             hint="`base_model_name_or_path` is missing, or `model` of an adapter of mlx_lm",
         )
-    if Path(base).expanduser().resolve() == adapter.resolve() or name in wanted.runs:
+    if expand(base).resolve() == adapter.resolve() or name in wanted.runs:
         raise ModelError(f"{adapter}: {ADAPTER_CONFIG} names the adapter itself as its base model")
     if wanted.with_weights and not list(adapter.glob("*.safetensors")):
         raise ModelError(f"{adapter}: no .safetensors file in it", hint="other formats of weights are never loaded")

@@ -19,6 +19,7 @@ from luthier.errors import RunError, RunLockedError
 from luthier.runs import layout
 from luthier.runs.checkpoints import CheckpointStore
 from luthier.runs.events import EventLog, read_events
+from luthier.runs.home import expand
 from luthier.runs.lineage import build_lineage, list_parents, read_lineage, write_lineage
 from luthier.runs.manifest import MANIFEST, storage_errors, write_durably
 from luthier.runs.models import find_model, list_models, register
@@ -202,7 +203,7 @@ def is_made(folder: Path) -> bool:
 
 def open_run(name: str | Path) -> Run:
     """The run of a folder, of a run id or of an `ft:` id."""
-    path = Path(name).expanduser()
+    path = expand(name)
     for folder in (path, Path("runs") / path):
         if (folder / layout.CONFIG).is_file():
             return Run(folder)

@@ -35,6 +35,7 @@ def test_every_command_has_help(capsys: Captured) -> None:
         (["data", "split", "no.jsonl"], 2, "where should the rows go?", "-o DIR"),
         (["data", "convert", "x", "--to", "xml", "-o", "y"], 2, "no format `xml`", "alpaca"),
         (["recipes", "show", "demo-qlor"], 2, "no recipe `demo-qlor`", "demo-qlora"),
+        (["chat", "~nobody0/x"], 1, "no model at ~nobody0/x", "practice"),
         (["train", "--model", "./nowhere", "--data", "no.jsonl"], 1, "no model at ./nowhere", "practice"),
         (["spec", "check", "notes.txt"], 2, "not a run spec", ".toml"),
     ],

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from luthier.runs.layout import base_label, model_id, run_id
@@ -40,6 +40,7 @@ def test_a_folder_is_known_by_being_one(tmp_path: Path, monkeypatch: pytest.Monk
     assert base_label("practice") == "practice"
 
 
+@example(base="~nobody0")
 @given(base=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=200))
 def test_the_name_is_safe_whatever_the_base(base: str) -> None:
     name = run_id("lora", base, NOON)
