@@ -145,7 +145,7 @@ def test_a_client_that_was_killed_goes_on_to_the_same_weights(whole: tuple[Run, 
     config = whole[0].folder / "finetune_config.yaml"
     source = str(ROOT / "src")
     child = start_plainly("train", config, "--output-dir", "runs", folder=tmp_path, PYTHONPATH=source)
-    child.wait_for_event("step_done", step=5)
+    child.wait_for_event("checkpoint_saved", step=4)  # steps run ahead of what is saved
     child.signal("SIGKILL")
     assert child.wait() == -9
     run = Run(child.run)
@@ -155,7 +155,8 @@ def test_a_client_that_was_killed_goes_on_to_the_same_weights(whole: tuple[Run, 
         Work(run, ready.plan, ready.prepared, ready.resolved, luthier_home(), Watched(), StopFlag()), resume=True
     )
     assert final_hash(run) == final_hash(whole[0])
-    assert [event["step"] for event in run.read_events() if event["kind"] == "resumed"] == [4]
+    (resumed,) = (event["step"] for event in run.read_events() if event["kind"] == "resumed")
+    assert resumed >= 4
     assert [entry["step"] for entry in json.loads((run.folder / "training_log.json").read_text())] == [1, 2, 3, 4, 5, 6]
 
 
