@@ -261,8 +261,8 @@ def test_an_endpoint_plays(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv(agents.KEY, "abc")
     endpoint.failing = [503]
     monkeypatch.setattr("luthier.evals.endpoint._FIRST_WAIT_SECONDS", 0.0)
-    call = ["--endpoint", endpoint.url, "--model", "ft:x:y", "--games", "2", "--length", "3", "--json"]
-    assert play.run(call) == 0
+    asked = ["--endpoint", endpoint.url, "--model", "ft:x:y", "--games", "2", "--length", "3", "--json"]
+    assert play.run(asked) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["agents"][0]["name"], told["agents"][0]["unknown_share"]) == ("ft:x:y", 0)
     path, key, body = endpoint.seen[0]

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from luthier.jobs.database import Database
+from luthier.jobs.database import FILE, Database
 from luthier.jobs.files import FileStore
 from luthier.jobs.job import Attempt, Job, JobEvent, NewJob, State, Timings, WorkerRow
 from luthier.jobs.processes import end_session, when_started
@@ -115,7 +115,7 @@ class Desk:
         wait_until(stand)
 
     def _takes_writes(self) -> bool:
-        with closing(sqlite3.connect(self.home / "luthier.db", timeout=0.2)) as connection:
+        with closing(sqlite3.connect(self.home / FILE, timeout=0.2)) as connection:
             try:
                 connection.execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError:

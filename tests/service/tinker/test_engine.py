@@ -18,6 +18,7 @@ from luthier.engines.tinker.saving import find_place
 from luthier.errors import ServerError, UnsupportedError
 from luthier.runs import events
 from luthier.runs.home import luthier_home
+from luthier.runs.manifest import CRASH_VARIABLE
 from luthier.runs.resolve import practice_folder
 from luthier.runs.run import Run
 from luthier.training.session import Work, train
@@ -144,10 +145,10 @@ def test_a_run_that_was_stopped_goes_on_from_the_service(whole: tuple[Run, Watch
 def test_a_client_that_was_killed_goes_on_to_the_same_weights(whole: tuple[Run, Watched], tmp_path: Path) -> None:
     config = whole[0].folder / "finetune_config.yaml"
     source = str(ROOT / "src")
-    child = start_plainly("train", config, "--output-dir", "runs", folder=tmp_path, PYTHONPATH=source)
-    child.wait_for_event("checkpoint_saved", step=4)  # steps run ahead of what is saved
-    child.signal("SIGKILL")
-    assert child.wait() == -9
+    # Steps run ahead of what is saved, so the moment is named: as the checkpoint of step 6 begins to be written here.
+    crash = {CRASH_VARIABLE: "before_write:5"}
+    child = start_plainly("train", config, "--output-dir", "runs", folder=tmp_path, PYTHONPATH=source, **crash)
+    child.ends(137)
     run = Run(child.run)
     assert run.state == "stopped"
     ready = reopen(run)
@@ -155,8 +156,7 @@ def test_a_client_that_was_killed_goes_on_to_the_same_weights(whole: tuple[Run, 
         Work(run, ready.plan, ready.prepared, ready.resolved, luthier_home(), Watched(), StopFlag()), resume=True
     )
     assert final_hash(run) == final_hash(whole[0])
-    (resumed,) = (event["step"] for event in run.read_events() if event["kind"] == "resumed")
-    assert resumed >= 4
+    assert [event["step"] for event in run.read_events() if event["kind"] == "resumed"] == [4]
     assert [entry["step"] for entry in json.loads((run.folder / "training_log.json").read_text())] == [1, 2, 3, 4, 5, 6]
 
 

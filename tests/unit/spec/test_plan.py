@@ -42,8 +42,7 @@ def test_the_written_plan_loads_to_an_equal_spec(tables: dict[str, Any]) -> None
         spec = absolute_paths(RunSpec.model_validate(tables), Path.cwd())
     except (ValidationError, ValueError, RuntimeError):
         return
-    spelt_out = RunSpec.model_validate(spec.model_dump())  # a plan writes every key, and some only count when written
-    if find_contradictions(spelt_out):
+    if find_contradictions(spec):
         return
     text = render_plan_yaml(make_plan(spec, Decision("method.targets", ["q\n", "\x00", "é"], "why")))
     assert load_spec_text(text, "yaml", name="finetune_config.yaml", base_dir=Path.cwd()).spec == spec
