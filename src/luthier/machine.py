@@ -242,3 +242,11 @@ def _visible(listed: str, memory_bytes: int, available_bytes: int) -> Iterator[_
             free_bytes=int(free) << 20 if free.isdigit() else available_bytes,
             capability=float(capability) if re.fullmatch(r"\d+\.\d+", capability) else 0.0,
         )
+
+
+def expand(name: str | Path) -> Path:
+    """The path, with `~` written out; where it names an account that is not here, as it stands, which no file has."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)

@@ -85,7 +85,7 @@ def train_there(loaded: LoadedSpec, remote: Remote, *, suffix: str | None, dry_r
 def _check_rows(spec: RunSpec, *, as_json: bool) -> None:
     """The data issue's checks before anything is sent: with the model's own template where the model is here."""
     from luthier.cli.report import print_data_report
-    from luthier.runs.home import expand
+    from luthier.machine import expand
     from luthier.runs.layout import PRACTICE
     from luthier.workflow import prepare_data
 

@@ -28,6 +28,7 @@ from luthier.data.parse import MAX_LINE_BYTES
 from luthier.data.reasons import RowError
 from luthier.errors import CallError, DataError, MissingPathError
 from luthier.extras import import_extra
+from luthier.machine import expand
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 PACKED = (".gz", ".zst")
@@ -99,11 +100,7 @@ def open_source(text: str, *, split: str | None = None) -> Iterator[Source]:
         with _spooled(lambda file: _write_rows(rows, file)) as path:
             yield Source((path,), (text,))
     else:
-        try:
-            path = Path(text).expanduser()
-        except RuntimeError:
-            path = Path(text)
-        yield _local_source(path)
+        yield _local_source(expand(text))
 
 
 def _local_source(path: Path) -> Source:

@@ -1,4 +1,4 @@
-"""LUTHIER_HOME: the folder that holds the token cache and what else outlives a run; and the home of a person."""
+"""LUTHIER_HOME: the folder that holds the token cache and what else outlives a run."""
 
 from __future__ import annotations
 
@@ -24,11 +24,3 @@ def token_home() -> Path:
     """
     named = os.environ.get("LUTHIER_TOKENS")
     return Path(named).expanduser() if named else luthier_home()
-
-
-def expand(name: str | Path) -> Path:
-    """The path, with `~` written out; where it names an account that is not here, as it stands, which no file has."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        return Path(name)

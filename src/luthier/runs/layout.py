@@ -7,7 +7,7 @@ import secrets
 from datetime import datetime
 from pathlib import Path
 
-from luthier.runs.home import expand
+from luthier.machine import expand
 
 CONFIG = "finetune_config.yaml"
 LEDGER = "ledger.jsonl"

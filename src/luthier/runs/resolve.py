@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import ModelError
 from luthier.extras import import_extra
-from luthier.runs.home import expand
+from luthier.machine import expand
 from luthier.runs.layout import CONFIG, FINAL_LORA_WEIGHTS, PRACTICE
 from luthier.runs.model_folder import (
     HUB_ID,

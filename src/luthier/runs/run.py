@@ -16,10 +16,10 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import orjson
 
 from luthier.errors import RunError, RunLockedError
+from luthier.machine import expand
 from luthier.runs import layout
 from luthier.runs.checkpoints import CheckpointStore
 from luthier.runs.events import EventLog, read_events
-from luthier.runs.home import expand
 from luthier.runs.lineage import build_lineage, list_parents, read_lineage, write_lineage
 from luthier.runs.manifest import MANIFEST, storage_errors, write_durably
 from luthier.runs.models import find_model, list_models, register
